@@ -1,0 +1,47 @@
+"""Octavo: a plugin framework that serves large language models. Nothing heavy is imported until it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from octavo._lazy import lazy_getattr
+
+if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM as AsyncLLM
+    from octavo.config import EngineConfig as EngineConfig
+    from octavo.llm import LLM as LLM
+    from octavo.outputs import CompletionOutput as CompletionOutput
+    from octavo.outputs import RequestOutput as RequestOutput
+    from octavo.plugins.hookspecs import hookimpl as hookimpl
+    from octavo.plugins.specs import AttentionSpec as AttentionSpec
+    from octavo.plugins.specs import CheckpointSpec as CheckpointSpec
+    from octavo.plugins.specs import CommandSpec as CommandSpec
+    from octavo.plugins.specs import ExecutorSpec as ExecutorSpec
+    from octavo.plugins.specs import ModelSpec as ModelSpec
+    from octavo.plugins.specs import QuantizationSpec as QuantizationSpec
+    from octavo.plugins.specs import SchedulerSpec as SchedulerSpec
+    from octavo.plugins.specs import Spec as Spec
+    from octavo.sampling_params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "async_llm": ("AsyncLLM",),
+    "config": ("EngineConfig",),
+    "llm": ("LLM",),
+    "outputs": ("CompletionOutput", "RequestOutput"),
+    "plugins.hookspecs": ("hookimpl",),
+    "plugins.specs": (
+        "AttentionSpec",
+        "CheckpointSpec",
+        "CommandSpec",
+        "ExecutorSpec",
+        "ModelSpec",
+        "QuantizationSpec",
+        "SchedulerSpec",
+        "Spec",
+    ),
+    "sampling_params": ("SamplingParams",),
+}
+
+__getattr__, __all__ = lazy_getattr(__name__, _MODULES)

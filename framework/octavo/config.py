@@ -1,0 +1,83 @@
+"""EngineConfig: everything a user can set, one frozen model, each field with its unit. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from octavo.errors import ConfigError
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ComponentConfig(BaseModel):
+    """A component by name, with its own options: "torch" or {"name": "triton", "num_kv_splits": 8}."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str = "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class EngineConfig(BaseModel):
+    """How to build an engine. Fields that vLLM users know keep vLLM's name.
+
+    Attributes:
+        model: a Hugging Face id, a folder, a GGUF file, or "demo" for the demo model.
+        tokenizer: where to take the tokenizer from when it is not the model.
+        revision: branch, tag or commit of a Hugging Face id.
+        device: "auto" takes CUDA when there is one.
+        dtype: of activations and plain weights; "auto" takes the checkpoint's where the device is fast in it.
+        max_model_len: tokens, prompt and output; None takes the model's.
+        block_size: tokens in a KV block.
+        kv_cache_memory_bytes: bytes for the KV cache; None sizes it from the memory that is free.
+        max_num_seqs: requests in one step.
+        max_num_batched_tokens: tokens in one step.
+        enable_prefix_caching: share blocks of equal prefixes.
+        max_steps_in_flight: steps submitted before the first is collected.
+        seed: of the seeds given to requests that bring none.
+        tensor_parallel_size: devices that share each layer.
+        attention, quantization, scheduler, executor: component and options; "auto" takes the best that can serve.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "demo"
+    tokenizer: str | None = None
+    revision: str | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_model_len: int | None = Field(default=None, ge=1)
+    block_size: int = Field(default=16, ge=1)
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=256, ge=1)
+    max_num_batched_tokens: int = Field(default=2048, ge=1)
+    enable_prefix_caching: bool = True
+    max_steps_in_flight: int = Field(default=1, ge=1)
+    seed: int = 0
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    attention: ComponentConfig = ComponentConfig()
+    quantization: ComponentConfig = ComponentConfig()
+    scheduler: ComponentConfig = ComponentConfig()
+    executor: ComponentConfig = ComponentConfig()
+
+    @field_validator("attention", "quantization", "scheduler", "executor", mode="before")
+    @classmethod
+    def _name_is_short_for_component(cls, value: object) -> object:
+        if value is None:
+            return ComponentConfig()
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_device_for_now(self) -> EngineConfig:
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size={self.tensor_parallel_size} was asked for, but this version runs a model "
+                "on one device only. Set tensor_parallel_size=1."
+            )
+        return self

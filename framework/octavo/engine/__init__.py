@@ -1,0 +1,1 @@
+"""Scheduler, block pool and the engine that drives them."""

@@ -1,0 +1,48 @@
+"""The sockets: one abstract class for each thing a plugin can be.
+
+Names are imported when first used, so that code without tensors (scheduler, block pool) stays without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from octavo._lazy import lazy_getattr
+
+if TYPE_CHECKING:
+    from octavo.interfaces.attention import PAD_SLOT as PAD_SLOT
+    from octavo.interfaces.attention import AttentionBackend as AttentionBackend
+    from octavo.interfaces.attention import BatchLayout as BatchLayout
+    from octavo.interfaces.attention import BatchLimits as BatchLimits
+    from octavo.interfaces.attention import KVBuffer as KVBuffer
+    from octavo.interfaces.attention import KVCache as KVCache
+    from octavo.interfaces.attention import KVLayout as KVLayout
+    from octavo.interfaces.checkpoint import Checkpoint as Checkpoint
+    from octavo.interfaces.checkpoint import TokenizerData as TokenizerData
+    from octavo.interfaces.executor import Executor as Executor
+    from octavo.interfaces.executor import ExecutorReport as ExecutorReport
+    from octavo.interfaces.executor import NewRow as NewRow
+    from octavo.interfaces.executor import ScheduledRow as ScheduledRow
+    from octavo.interfaces.executor import Step as Step
+    from octavo.interfaces.executor import StepOutput as StepOutput
+    from octavo.interfaces.manifest import ChosenComponent as ChosenComponent
+    from octavo.interfaces.manifest import Manifest as Manifest
+    from octavo.interfaces.model import ForwardContext as ForwardContext
+    from octavo.interfaces.model import LayerFactory as LayerFactory
+    from octavo.interfaces.model import ModelArchitecture as ModelArchitecture
+    from octavo.interfaces.quantization import LinearShape as LinearShape
+    from octavo.interfaces.quantization import ParameterSpec as ParameterSpec
+    from octavo.interfaces.quantization import QuantizationMethod as QuantizationMethod
+    from octavo.interfaces.scheduling import SchedulerPolicy as SchedulerPolicy
+
+_MODULES = {
+    "attention": ("PAD_SLOT", "AttentionBackend", "BatchLayout", "BatchLimits", "KVBuffer", "KVCache", "KVLayout"),
+    "checkpoint": ("Checkpoint", "TokenizerData"),
+    "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
+    "manifest": ("ChosenComponent", "Manifest"),
+    "model": ("ForwardContext", "LayerFactory", "ModelArchitecture"),
+    "quantization": ("LinearShape", "ParameterSpec", "QuantizationMethod"),
+    "scheduling": ("SchedulerPolicy",),
+}
+
+__getattr__, __all__ = lazy_getattr(__name__, _MODULES)

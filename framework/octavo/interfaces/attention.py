@@ -1,0 +1,143 @@
+"""AttentionBackend socket, the KV cache's layout, and the layout of a batch.
+
+Dimension legend, used everywhere:
+    num_tokens      tokens in this step, all requests concatenated, decode requests first
+    num_requests    requests in this step
+    num_heads       query heads;  num_kv_heads  key/value heads;  group = num_heads / num_kv_heads
+    head_dim        size of one head
+    num_blocks      blocks of the KV cache;  block_size  tokens in one block
+    max_num_blocks  columns of the block table in this step
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.plugins.specs import AttentionNeed
+
+PAD_SLOT = -1
+"""A slot_mapping entry that is not written."""
+
+KVCache = tuple[Tensor, ...]
+"""One layer's buffers, in the order of its KVLayout; dimension 0 of each is the block."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVBuffer:
+    """One tensor of a layer's cache: [num_blocks, *block_shape]."""
+
+    name: str
+    block_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        return prod(self.block_shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVLayout:
+    """How one layer's keys and values lie in memory: a published name and a list of buffers.
+
+    The block is dimension 0 of every buffer, so copying block i is copying index i of each, whatever the layout.
+    """
+
+    name: str
+    buffers: tuple[KVBuffer, ...]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return sum(buffer.bytes_per_block for buffer in self.buffers)
+
+    def allocate(self, num_blocks: int, device: str) -> KVCache:
+        """Zeroed buffers for one layer; pages of memory are taken as they are first written."""
+        return tuple(
+            torch.zeros((num_blocks, *buffer.block_shape), dtype=buffer.dtype, device=device)
+            for buffer in self.buffers
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLimits:
+    """Maximal sizes of any step, known at start."""
+
+    max_num_requests: int
+    max_num_tokens: int
+    max_model_len: int
+    block_size: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchLayout:
+    """Where each request's tokens are in this step. Requests with one token and a context come first ("decode").
+
+    Attributes:
+        query_start_loc: [num_requests + 1] int32; request i owns tokens query_start_loc[i] .. [i + 1].
+        seq_lens: [num_requests] int32; context and this step's tokens together.
+        block_table: [num_requests, max_num_blocks] int32; block ids by position, 0 where unused.
+        slot_mapping: [num_tokens] int64; block_id * block_size + offset, PAD_SLOT is skipped.
+        host_query_start_loc: like query_start_loc, on the host, exact.
+        host_seq_lens: like seq_lens, on the host; upper bounds.
+        max_query_len, max_seq_len: host maxima, upper bounds.
+    """
+
+    num_requests: int
+    num_tokens: int
+    num_decode_requests: int
+    num_decode_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    block_size: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    slot_mapping: Tensor
+    host_query_start_loc: np.ndarray[Any, np.dtype[np.int32]]
+    host_seq_lens: np.ndarray[Any, np.dtype[np.int32]]
+
+
+class AttentionBackend(ABC):
+    """Writes this step's keys and values into the paged cache and attends over them.
+
+    Constructed once with the need it was chosen for; one state object with maximal sizes is made at start.
+    """
+
+    def __init__(self, need: AttentionNeed) -> None:
+        self.need = need
+
+    @abstractmethod
+    def kv_layout(self) -> KVLayout:
+        """How it wants one layer's cache."""
+
+    @abstractmethod
+    def make_state(self, limits: BatchLimits) -> object:
+        """Everything `plan` writes into."""
+
+    @abstractmethod
+    def plan(self, layout: BatchLayout, state: object) -> None:
+        """Prepare one step for all layers. Never waits for the device."""
+
+    @abstractmethod
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+    ) -> Tensor:
+        """Causal attention of this step's tokens over their requests' whole contexts.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim], rotated.
+            key, value: [num_tokens, num_kv_heads, head_dim], key rotated; written to the cache here.
+            kv_cache: this layer's buffers.
+            state: as prepared by `plan`.
+            scale: factor of the scores, usually head_dim ** -0.5.
+
+        Returns:
+            [num_tokens, num_heads * head_dim], the query's dtype.
+        """

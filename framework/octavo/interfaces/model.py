@@ -1,0 +1,102 @@
+"""ModelArchitecture socket, the factory it builds its layers with, and the context of one forward pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from octavo.interfaces.attention import KVCache
+from octavo.model_config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardContext:
+    """What every layer of one forward pass may read.
+
+    Attributes:
+        positions: [num_tokens] int64, each token's position in its request.
+        cos_sin: the rotary table rows of these positions, gathered once a step; (cos, sin), [num_tokens, 1, head_dim].
+        kv_caches: one KVCache a layer.
+        attention_state: the attention backend's state, planned for this step.
+    """
+
+    positions: Tensor
+    cos_sin: tuple[Tensor, Tensor]
+    kv_caches: Sequence[KVCache]
+    attention_state: object
+
+
+Unary = Callable[[Tensor], Tensor]
+"""A layer of one input: linears, embeddings, head."""
+
+
+class Norm(Protocol):
+    def __call__(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add `residual` (if any), normalise the sum; return (normalised, sum)."""
+
+
+class AttentionLayer(Protocol):
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
+        """[num_tokens, heads * head_dim] each, unrotated -> [num_tokens, num_heads * head_dim]."""
+
+
+class StackedLinear(Protocol):
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One output for each named part, [num_tokens, out_features of the part]."""
+
+
+class DecoderLayer(Protocol):
+    def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """(hidden, residual) in, (hidden, residual) out; their sum is the residual stream."""
+
+
+class LayerFactory(ABC):
+    """Hands a model its layers and never tells which plugin answers for them.
+
+    `prefix` is the checkpoint name without the parameter's suffix: "model.layers.0.mlp.down_proj".
+    """
+
+    @abstractmethod
+    def linear(self, prefix: str, in_features: int, out_features: int, *, bias: bool = False) -> Unary: ...
+
+    @abstractmethod
+    def stacked_linear(
+        self, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool = False
+    ) -> StackedLinear:
+        """Projections that read one input; `parts` maps the name after `prefix` to its out_features."""
+
+    @abstractmethod
+    def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm: ...
+
+    @abstractmethod
+    def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary: ...
+
+    @abstractmethod
+    def head(self, prefix: str, vocab_size: int, hidden_size: int, *, tied_to: str | None) -> Unary:
+        """The linear that makes logits; `tied_to` is the embedding's prefix whose tensor it shares."""
+
+    @abstractmethod
+    def attention(self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> AttentionLayer:
+        """Rotation, cache and attention of one layer."""
+
+
+class ModelArchitecture(ABC):
+    """Built from a factory: `embed`, `layers` and `head` only, so that each can be built where its rank needs it."""
+
+    embed: Unary
+    layers: Sequence[DecoderLayer]
+
+    @abstractmethod
+    def __init__(self, config: ModelConfig, factory: LayerFactory) -> None: ...
+
+    @abstractmethod
+    def head(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """[num_rows, hidden_size] twice, the last layer's outputs of the rows that sample -> logits [num_rows, vocab_size]."""
+
+    def ignored_names(self) -> Sequence[str]:
+        """Prefixes of checkpoint tensors that this architecture knowingly does not read."""
+        return ()

@@ -1,0 +1,77 @@
+"""QuantizationMethod socket: how a linear's weights lie in the checkpoint, and how they are multiplied."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearShape:
+    """y = x @ W.T: x [num_tokens, in_features], W [out_features, in_features]."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterSpec:
+    """One tensor of a linear in the checkpoint.
+
+    Attributes:
+        name: suffix of the checkpoint name: "weight", "qweight", "scales".
+        shape: as stored.
+        dtype: as stored; None accepts any floating dtype and casts to the model's.
+        output_axis, input_axis: which axis runs over out_features or in_features (it may be cut there when
+            the linear is sharded); None when it has no such axis.
+        pack_factor: how many values one element holds along the packed axis.
+        optional: whether a checkpoint may lack it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    output_axis: int | None = None
+    input_axis: int | None = None
+    pack_factor: int = 1
+    optional: bool = False
+
+
+class QuantizationMethod(ABC):
+    """Declares parameters, prepares them for the device once, multiplies with them at every step.
+
+    Constructed once with the checkpoint's quantization_config ({} for plain weights), the model's dtype and device.
+
+    Attributes:
+        can_stack: whether several linears that read one input may be prepared as one.
+    """
+
+    can_stack: bool = False
+
+    def __init__(self, quantization_config: Mapping[str, object], dtype: torch.dtype, device: str) -> None:
+        self.quantization_config = quantization_config
+        self.dtype = dtype
+        self.device = device
+
+    @abstractmethod
+    def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
+        """The tensors the checkpoint holds for the linear named `prefix`."""
+
+    @abstractmethod
+    def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> object:
+        """Turn checkpoint tensors (one mapping for each stacked part) into what `apply` reads; called once.
+
+        `shape.out_features` is the sum over the parts.
+        """
+
+    @abstractmethod
+    def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [num_tokens, in_features] -> [num_tokens, out_features], the model's dtype."""
+
+    @abstractmethod
+    def dequantize(self, shape: LinearShape, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The plain reference: [out_features, in_features] float32."""

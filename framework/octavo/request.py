@@ -1,0 +1,85 @@
+"""Request: one sequence on its way through the engine. No torch here."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from octavo.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Request:
+    """What the scheduler knows of one sequence. There are no phases: a request has tokens, of which
+    `num_computed_tokens` have their keys and values in the cache, and more to compute.
+
+    Attributes:
+        request_id: unique in the engine.
+        prompt_token_ids, output_token_ids: known tokens.
+        params: how to sample; `seed` here is always set.
+        sample_index: which of the prompt's n completions this is.
+        stop_token_ids: every id that ends it (end-of-sequence ids included unless ignored).
+        max_total_tokens: prompt and output may not exceed this.
+        arrival_time: seconds of the engine's clock.
+        priority, tenant: for scheduler policies.
+        cache_salt: keeps its prefix-cache entries apart from others'.
+        num_computed_tokens: tokens whose step has been collected.
+        num_in_flight_tokens: tokens in steps submitted and not yet collected.
+        num_placeholder_tokens: output tokens those steps will sample, unknown until collected.
+        block_ids: its blocks, in order of position; one block may belong to several requests.
+        block_hashes: hash chain of its full blocks, extended as tokens become known.
+        epoch: how often it was preempted; a step in flight from an earlier epoch is dropped.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int = 0
+    sample_index: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    max_total_tokens: int = 2**31
+    arrival_time: float = 0.0
+    priority: int = 0
+    tenant: str | None = None
+    cache_salt: bytes = b""
+
+    output_token_ids: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    num_placeholder_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    epoch: int = 0
+    first_scheduled_time: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens computed or on their way: the position the next step starts at."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
+    def num_tokens_to_schedule(self) -> int:
+        """Tokens (placeholders included) that no step has taken yet."""
+        return self.num_tokens + self.num_placeholder_tokens - self.num_scheduled_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def all_token_ids(self) -> list[int]:
+        return self.prompt_token_ids + self.output_token_ids
