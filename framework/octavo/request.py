@@ -24,7 +24,8 @@ class Request:
         prompt_token_ids, output_token_ids: known tokens.
         params: how to sample; `seed` here is always set.
         sample_index: which of the prompt's n completions this is.
-        stop_token_ids: every id that ends it (end-of-sequence ids included unless ignored).
+        stop_token_ids: the user's ids that end it; the one met becomes `stop_reason`.
+        eos_token_ids: the model's ids that end it, empty when they are ignored.
         max_total_tokens: prompt and output may not exceed this.
         arrival_time: seconds of the engine's clock.
         priority, tenant: for scheduler policies.
@@ -34,6 +35,8 @@ class Request:
         num_placeholder_tokens: output tokens those steps will sample, unknown until collected.
         block_ids: its blocks, in order of position; one block may belong to several requests.
         block_hashes: hash chain of its full blocks, extended as tokens become known.
+        num_registered_blocks: its leading blocks already offered to, or taken from, the prefix cache.
+        last_step_id: the last step with a row of this request.
         epoch: how often it was preempted; a step in flight from an earlier epoch is dropped.
     """
 
@@ -43,6 +46,7 @@ class Request:
     seed: int = 0
     sample_index: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
     max_total_tokens: int = 2**31
     arrival_time: float = 0.0
     priority: int = 0
@@ -59,6 +63,8 @@ class Request:
     num_cached_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    num_registered_blocks: int = 0
+    last_step_id: int = -1
     epoch: int = 0
     first_scheduled_time: float | None = None
 
@@ -83,3 +89,10 @@ class Request:
 
     def all_token_ids(self) -> list[int]:
         return self.prompt_token_ids + self.output_token_ids
+
+    def token_ids_from(self, start: int) -> list[int]:
+        """Known tokens from position `start` on."""
+        num_prompt_tokens = len(self.prompt_token_ids)
+        if start >= num_prompt_tokens:
+            return self.output_token_ids[start - num_prompt_tokens :]
+        return self.prompt_token_ids[start:] + self.output_token_ids
