@@ -6,9 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 
 
-def lazy_getattr(
-    package: str, modules: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], object], list[str]]:
+def lazy_getattr(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], object], list[str]]:
     """A package's `__getattr__` and `__all__`, from {module: names it holds}."""
     module_of = {name: module for module, names in modules.items() for name in names}
 

@@ -9,6 +9,14 @@ import pluggy
 from octavo.plugins.specs import Spec
 
 PROJECT = "octavo"
+"""Name of the pluggy project and of the entry-point group."""
+
+PLUGIN_API = (1, 0)
+"""The plugin API this core publishes. A plugin states the one it was built for: `OCTAVO_API = "1.0"`.
+
+The same major and a minor not newer loads. The minor grows with an added field, feature or optional argument,
+the major with anything else.
+"""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
 from typing import Any, ClassVar
+
+from octavo.errors import PluginError
 
 # ---------------------------------------------------------------------------------------------------- needs
 
@@ -23,6 +27,10 @@ class Need:
     device: str | None = None  # "cpu", "cuda"
     dtype: str | None = None  # "float32", "bfloat16", "float16": the dtype activations have
     features: frozenset[str] = frozenset()
+
+    def advice(self, specs: Iterable[Spec]) -> str:
+        """What to tell the user when none of `specs`, all those installed, can serve."""
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +50,16 @@ class QuantizationNeed(Need):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelNeed(Need):
     architecture: str  # config.json's architectures[0], "LlamaForCausalLM"
+
+    def advice(self, specs: Iterable[Spec]) -> str:
+        """The architectures with the nearest names, and how to add this one."""
+        known = {name for spec in specs if isinstance(spec, ModelSpec) for name in spec.architectures}
+        near = get_close_matches(self.architecture, known, n=3, cutoff=0.0)
+        return (
+            (f"Nearest architectures installed: {', '.join(near)}. " if near else "")
+            + f"A plugin adds this one with ModelSpec(architectures=({self.architecture!r},), target=...), "
+            "where the target is an octavo.interfaces.ModelArchitecture."
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +89,7 @@ class Spec:
     """
 
     kind: ClassVar[str] = ""
+    noun: ClassVar[str] = "component"  # the kind in a sentence
 
     name: str
     target: str
@@ -84,13 +103,18 @@ class Spec:
     probe: str | None = None
     options: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a field of the wrong shape here, where the traceback still leads to the plugin's own line."""
+        if faults := [*self._name_faults(), *self._target_faults(), *self._type_faults()]:
+            raise PluginError(f"{type(self).__name__}(name={self.name!r}): {'; '.join(faults)}")
+
     def why_not(self, need: Need) -> list[str]:
         """Every reason, in sentences, why this component cannot serve `need`; empty means it can."""
         reasons = [
             f"needs the Python package {module!r}, which is not installed"
             + (f"; install it with `{self.install}`" if self.install else "")
             for module in self.requires
-            if importlib.util.find_spec(module) is None
+            if not _is_installed(module)
         ]
         if self.devices and need.device is not None and need.device not in self.devices:
             reasons.append(f"runs on {', '.join(self.devices)}; this engine runs on {need.device}")
@@ -110,9 +134,34 @@ class Spec:
     def _ask_probe(self, need: Need) -> list[str]:
         assert self.probe is not None
         try:
-            return list(load_target(self.probe)(need))
+            reasons = load_target(self.probe)(need)
         except Exception as error:  # a broken probe is a reason against its component, not a crash of the others
             return [f"its probe {self.probe} raised {type(error).__name__}: {error}"]
+        if isinstance(reasons, (list, tuple)) and all(isinstance(reason, str) for reason in reasons):
+            return list(reasons)
+        return [f"its probe {self.probe} returned {reasons!r}, not a list of sentences"]
+
+    def _name_faults(self) -> list[str]:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[^\s/]+", self.name):
+            return ["name must be a word without spaces and without '/', which parts plugin and component"]
+        return ["'auto' is not a name: it asks the core to choose"] if self.name == "auto" else []
+
+    def _target_faults(self) -> list[str]:
+        return [
+            f'{field} must be "package.module:Attribute", not {value!r}'
+            for field in ("target", "probe", "options")
+            if (value := getattr(self, field)) is not None or field == "target"
+            if not isinstance(value, str) or not _TARGET.fullmatch(value)
+        ]
+
+    def _type_faults(self) -> list[str]:
+        """Above all `devices="cuda"`, a string where a tuple of strings is meant."""
+        return [
+            f"{field.name} must be a {type(field.default).__name__}, not {value!r}"
+            for field in fields(self)
+            if field.default is not MISSING and field.default is not None
+            if not isinstance(value := getattr(self, field.name), type(field.default))
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +169,7 @@ class AttentionSpec(Spec):
     """An `octavo.interfaces.AttentionBackend`. Features: "prefill", "decode"."""
 
     kind: ClassVar[str] = "attention"
+    noun: ClassVar[str] = "attention backend"
 
     head_sizes: tuple[int, ...] = ()  # empty: any
     block_sizes: tuple[int, ...] = ()  # empty: any
@@ -139,6 +189,7 @@ class QuantizationSpec(Spec):
     """An `octavo.interfaces.QuantizationMethod`."""
 
     kind: ClassVar[str] = "quantization"
+    noun: ClassVar[str] = "quantization method"
 
     formats: tuple[str, ...] = ()  # values of the checkpoint's quant_method
     bits: tuple[int, ...] = ()
@@ -158,6 +209,7 @@ class ModelSpec(Spec):
     """An `octavo.interfaces.ModelArchitecture`."""
 
     kind: ClassVar[str] = "model"
+    noun: ClassVar[str] = "model architecture"
 
     architectures: tuple[str, ...] = ()
 
@@ -173,6 +225,7 @@ class CheckpointSpec(Spec):
     """An `octavo.interfaces.Checkpoint`: a format of model files."""
 
     kind: ClassVar[str] = "checkpoint"
+    noun: ClassVar[str] = "checkpoint format"
 
     suffixes: tuple[str, ...] = ()  # of a single file: (".gguf",)
     folder_files: tuple[str, ...] = ()  # a folder is recognised when it holds all of these
@@ -194,6 +247,7 @@ class SchedulerSpec(Spec):
     """An `octavo.interfaces.SchedulerPolicy`."""
 
     kind: ClassVar[str] = "scheduler"
+    noun: ClassVar[str] = "scheduler policy"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +255,7 @@ class ExecutorSpec(Spec):
     """An `octavo.interfaces.Executor`."""
 
     kind: ClassVar[str] = "executor"
+    noun: ClassVar[str] = "executor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,6 +263,7 @@ class CommandSpec(Spec):
     """A sub-command of `octavo`; the target is a module with `add_arguments(parser)` and `run(args) -> int`."""
 
     kind: ClassVar[str] = "command"
+    noun: ClassVar[str] = "command"
 
 
 SPEC_KINDS: dict[str, type[Spec]] = {
@@ -225,10 +281,28 @@ SPEC_KINDS: dict[str, type[Spec]] = {
 
 
 def load_target(target: str) -> Callable[..., Any]:
-    """Import "package.module:Attribute", or the module itself when there is no colon."""
+    """Import "package.module:Attribute", or the module itself when there is no colon.
+
+    Raises:
+        PluginError: the module does not import, or lacks the attribute; the cause is chained.
+    """
     module_name, _, attribute = target.partition(":")
-    module = importlib.import_module(module_name)
-    return getattr(module, attribute) if attribute else module  # type: ignore[return-value]
+    try:
+        module = importlib.import_module(module_name)
+        return getattr(module, attribute) if attribute else module  # type: ignore[return-value]
+    except Exception as error:
+        raise PluginError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+_TARGET = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
+
+
+def _is_installed(module: str) -> bool:
+    """Whether the top-level package can be found; nothing is imported (a dotted name would import its parent)."""
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) is not None
+    except ValueError:  # in sys.modules without a spec: it was put there by hand, so it is there
+        return True
 
 
 def _list(values: tuple[object, ...]) -> str:

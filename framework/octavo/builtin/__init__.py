@@ -1,0 +1,63 @@
+"""The built-ins: one reference of each kind, registered through the same hook as any other plugin."""
+
+from __future__ import annotations
+
+from octavo.plugins.hookspecs import hookimpl
+from octavo.plugins.specs import (
+    AttentionSpec,
+    CheckpointSpec,
+    CommandSpec,
+    ExecutorSpec,
+    ModelSpec,
+    QuantizationSpec,
+    SchedulerSpec,
+    Spec,
+)
+
+OCTAVO_API = "1.0"
+
+
+@hookimpl
+def octavo_components() -> list[Spec]:
+    return [
+        AttentionSpec(
+            name="torch",
+            summary="Paged attention in plain torch, the reference of every kernel",
+            target="octavo.builtin.torch_attention:TorchAttention",
+            features=frozenset({"prefill", "decode"}),
+        ),
+        QuantizationSpec(
+            name="unquantized",
+            summary="Plain weights, as the checkpoint stores them",
+            target="octavo.builtin.unquantized:Unquantized",
+            formats=("none",),
+        ),
+        SchedulerSpec(
+            name="fcfs",
+            summary="First come, first served; the latest arrival is preempted first",
+            target="octavo.builtin.fcfs:FCFSPolicy",
+        ),
+        ModelSpec(
+            name="llama",
+            summary="Llama and the models that share its layers",
+            target="octavo.builtin.llama:Llama",
+            architectures=("LlamaForCausalLM",),
+        ),
+        ExecutorSpec(
+            name="inline",
+            summary="Runs the model in this process, on one device",
+            target="octavo.builtin.inline_executor:InlineExecutor",
+        ),
+        CheckpointSpec(
+            name="huggingface",
+            summary="Folders with config.json and safetensors",
+            target="octavo.builtin.hf_checkpoint:HuggingFaceCheckpoint",
+            folder_files=("config.json",),
+        ),
+        CommandSpec(
+            name="generate", summary="Complete prompts and print the completions", target="octavo.cli.generate"
+        ),
+        CommandSpec(name="chat", summary="Talk with a model in the terminal", target="octavo.cli.chat"),
+        CommandSpec(name="plugins", summary="List plugins, their states and components", target="octavo.cli.plugins"),
+        CommandSpec(name="env", summary="Describe this machine and what is installed", target="octavo.cli.env"),
+    ]
