@@ -57,21 +57,10 @@ class Registry:
                 key=lambda candidate: (-candidate.spec.priority, candidate.spec.name, candidate.plugin.name)
             )
 
-    @classmethod
-    def discover(cls) -> Registry:
-        """The registry of this environment."""
-        return cls(discover())
-
     @property
     def failed_plugins(self) -> list[Plugin]:
         """Those that are not OK, disabled ones included."""
         return [plugin for plugin in self.plugins if plugin.state is not PluginState.OK]
-
-    def log_failures(self) -> None:
-        """One warning for each plugin that could not load; those that were disabled on purpose are left out."""
-        for plugin in self.failed_plugins:
-            if plugin.state is not PluginState.DISABLED:
-                logger.warning("plugin %s is %s", plugin.name, plugin.fault)
 
     def candidates(self, kind: str) -> list[Candidate]:
         """Every component of a kind, in the order `auto` asks them."""
@@ -182,6 +171,15 @@ class Registry:
             + (f"Did you mean {near[0]!r}? " if near else "")
             + "`octavo plugins` lists every plugin and why one failed to load."
         )
+
+
+def default_registry() -> Registry:
+    """The registry of this environment, with one warning for each plugin that failed to load."""
+    registry = Registry(discover())
+    for plugin in registry.failed_plugins:
+        if plugin.state is not PluginState.DISABLED:  # that was on purpose
+            logger.warning("Plugin %s did not load, %s", plugin.name, plugin.fault)
+    return registry
 
 
 def _would_likely_bring(plugin: Plugin, name: str) -> bool:
