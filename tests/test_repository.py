@@ -120,7 +120,8 @@ def test_every_requirement_allows_the_version_we_test_with() -> None:
     refused = [
         f"{where}: {requirement}"
         for where, requirement in installed_requirements()
-        if (version := versions.get(canonicalize_name(requirement.name))) and not requirement.specifier.contains(version)
+        if (version := versions.get(canonicalize_name(requirement.name)))
+        and not requirement.specifier.contains(version)
     ]
     assert refused == []
 
