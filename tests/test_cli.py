@@ -141,6 +141,15 @@ def test_ctrl_c_is_status_130(greet: None) -> None:
     assert main(["greet", "ctrl-c"]) == 130
 
 
+def test_reader_that_goes_away_causes_no_traceback() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "octavo", "plugins"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_wrong_option_is_status_2(greet: None) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["greet", "--loud"])

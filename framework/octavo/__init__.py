@@ -44,4 +44,5 @@ _MODULES = {
     "sampling_params": ("SamplingParams",),
 }
 
-__getattr__, __all__ = lazy_getattr(__name__, _MODULES)
+if not TYPE_CHECKING:  # type checkers read the imports above, and so find a misspelt name
+    __getattr__, __all__ = lazy_getattr(__name__, _MODULES)
