@@ -9,9 +9,20 @@ from typing import Any
 
 import pytest
 
+from octavo import interfaces
 from octavo.errors import PluginError
 from octavo.plugins import host
 from octavo.plugins.host import BUILTIN, Plugin, PluginHost, PluginState, discover
+from octavo.plugins.specs import Spec, load_target
+
+SOCKETS = {
+    "attention": "AttentionBackend",
+    "checkpoint": "Checkpoint",
+    "executor": "Executor",
+    "model": "ModelArchitecture",
+    "quantization": "QuantizationMethod",
+    "scheduler": "SchedulerPolicy",
+}
 
 SOUND = """
     from octavo import SchedulerSpec, hookimpl
@@ -57,6 +68,16 @@ def test_builtins_are_a_plugin_like_any_other() -> None:
     assert {"attention", "quantization", "scheduler", "model", "executor", "checkpoint", "command"} == {
         spec.kind for spec in plugin.specs
     }
+
+
+@pytest.mark.parametrize("spec", discover({})[0].specs, ids=lambda spec: f"{spec.kind}-{spec.name}")
+def test_target_of_a_builtin_is_of_its_kind(spec: Spec) -> None:
+    target = load_target(spec.target)
+    if spec.kind == "command":
+        assert callable(target.add_arguments)
+        assert callable(target.run)
+    else:
+        assert issubclass(target, getattr(interfaces, SOCKETS[spec.kind]))
 
 
 def test_loading_the_builtins_imports_nothing_heavy() -> None:
@@ -296,6 +317,11 @@ def test_plugin_can_be_loaded_late(site_packages: Any) -> None:
     late = one_host.load(Plugin(name="late", module="dummy_lottery", distribution="notebook", version="0"))
     assert late.state is PluginState.OK
     assert one_host.plugins[1] is late
+
+
+def test_line_is_never_the_hosts_own_even_for_a_module_of_the_core() -> None:
+    plugin = PluginHost().load(Plugin(name="x", module="octavo.errors", distribution="octavo", version="0"))
+    assert plugin.location == f"{sys.modules['octavo.errors'].__file__}:1"
 
 
 def test_name_of_a_plugin_whose_hook_raised_is_not_kept_by_pluggy(site_packages: Any) -> None:
