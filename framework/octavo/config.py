@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from octavo.errors import ConfigError
 
@@ -66,6 +67,18 @@ class EngineConfig(BaseModel):
     scheduler: ComponentConfig = ComponentConfig()
     executor: ComponentConfig = ComponentConfig()
 
+    @classmethod
+    def create(cls, **settings: Any) -> EngineConfig:
+        """Build from keyword arguments.
+
+        Raises:
+            ConfigError: unknown settings (the nearest name is given) and wrong values, all together.
+        """
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_fault(fault) for fault in error.errors())) from error
+
     @field_validator("attention", "quantization", "scheduler", "executor", mode="before")
     @classmethod
     def _name_is_short_for_component(cls, value: object) -> object:
@@ -76,8 +89,19 @@ class EngineConfig(BaseModel):
     @model_validator(mode="after")
     def _one_device_for_now(self) -> EngineConfig:
         if self.tensor_parallel_size > 1:
-            raise ConfigError(
+            raise ValueError(
                 f"tensor_parallel_size={self.tensor_parallel_size} was asked for, but this version runs a model "
                 "on one device only. Set tensor_parallel_size=1."
             )
         return self
+
+
+def _fault(fault: Any) -> str:
+    """One of pydantic's faults as a sentence."""
+    name = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, EngineConfig.model_fields, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"There is no setting {name!r}.{hint} Settings: {', '.join(EngineConfig.model_fields)}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{name}={fault['input']!r}: {message}" if name else message

@@ -52,9 +52,18 @@ class ModelConfig:
         Raises:
             CheckpointError: keys are missing; all of them are named.
         """
-        required = ("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        required = (
+            "architectures",
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
         if missing := [key for key in required if not raw.get(key)]:
-            raise CheckpointError(f"config.json lacks {', '.join(missing)}: this is not a decoder model's configuration.")
+            raise CheckpointError(
+                f"config.json lacks {', '.join(missing)}: this is not a decoder model's configuration."
+            )
         num_heads = int(raw["num_attention_heads"])
         return cls(
             architecture=str(raw["architectures"][0]),

@@ -57,11 +57,15 @@ class KVLayout:
         return sum(buffer.bytes_per_block for buffer in self.buffers)
 
     def allocate(self, num_blocks: int, device: str) -> KVCache:
-        """Zeroed buffers for one layer; pages of memory are taken as they are first written."""
-        return tuple(
-            torch.zeros((num_blocks, *buffer.block_shape), dtype=buffer.dtype, device=device)
-            for buffer in self.buffers
-        )
+        """Zeroed buffers for one layer; on a CPU, memory is taken page by page as blocks are first written."""
+        return tuple(_zeros((num_blocks, *buffer.block_shape), buffer.dtype, device) for buffer in self.buffers)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages; torch would write every one of them now.
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

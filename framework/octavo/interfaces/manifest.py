@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from octavo.config import EngineConfig
+from octavo.plugins.specs import AttentionNeed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,11 +24,20 @@ class ChosenComponent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The model's path, the chosen component of each kind, and the configuration with nothing left at "auto"."""
+    """What to build.
+
+    Attributes:
+        model_path: folder or file, already on this machine.
+        device, dtype: nothing is left at "auto".
+        max_model_len: tokens, prompt and output.
+        attention_need: what the attention backend was chosen for.
+        components: the chosen component of each kind: checkpoint, model, quantization, attention, ...
+    """
 
     model_path: str
     device: str
     dtype: str
     max_model_len: int
     config: EngineConfig
-    components: Mapping[str, ChosenComponent]  # by kind: checkpoint, model, quantization, attention, ...
+    attention_need: AttentionNeed
+    components: Mapping[str, ChosenComponent]

@@ -80,7 +80,9 @@ class LayerFactory(ABC):
         """The linear that makes logits; `tied_to` is the embedding's prefix whose tensor it shares."""
 
     @abstractmethod
-    def attention(self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> AttentionLayer:
+    def attention(
+        self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+    ) -> AttentionLayer:
         """Rotation, cache and attention of one layer."""
 
 
@@ -95,8 +97,8 @@ class ModelArchitecture(ABC):
 
     @abstractmethod
     def head(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """[num_rows, hidden_size] twice, the last layer's outputs of the rows that sample -> logits [num_rows, vocab_size]."""
+        """The last layer's outputs, [num_rows, hidden_size] each, of the rows that sample -> [num_rows, vocab_size]."""
 
     def ignored_names(self) -> Sequence[str]:
-        """Prefixes of checkpoint tensors that this architecture knowingly does not read."""
+        """Patterns (fnmatch) of checkpoint tensors that this architecture knowingly does not read."""
         return ()

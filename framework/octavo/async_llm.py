@@ -1,0 +1,185 @@
+"""AsyncLLM: the engine in a thread of its own, answers as asynchronous streams."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from octavo.assemble import assemble
+from octavo.config import EngineConfig
+from octavo.errors import EngineDeadError, RequestError
+from octavo.input_processor import Prompt
+from octavo.output_processor import snapshot
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import SamplingParams
+from octavo.tokenizer import Tokenizer
+
+_Answer = RequestOutput | BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """Where a prompt's outputs go: a queue of the event loop that asked."""
+
+    loop: asyncio.AbstractEventLoop
+    answers: asyncio.Queue[_Answer]
+
+    def put(self, answer: _Answer) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
+
+
+class AsyncLLM:
+    """Like LLM, for asyncio: any number of `generate` streams run in one batch.
+
+    One thread owns the engine; what others want of it goes through one queue of commands, so nothing is locked.
+    """
+
+    def __init__(self, model: str = "demo", **settings: Any) -> None:
+        """Load `model` with `settings`, the fields of EngineConfig. Raises as LLM does."""
+        self.config = EngineConfig.create(model=model, **settings)
+        self._assembly = assemble(self.config)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._open: dict[str, tuple[RequestOutput, _Stream]] = {}
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self._request_ids = itertools.count()
+        self._thread = threading.Thread(target=self._serve, name="octavo-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the growing output of one prompt; the last one is finished.
+
+        Closing the stream, or cancelling the task that reads it, aborts the request.
+
+        Raises:
+            RequestError: the prompt or its parameters cannot be served, or the id is in use.
+            EngineDeadError: the engine stopped; the cause is chained.
+        """
+        params = sampling_params or SamplingParams()
+        name = request_id if request_id is not None else f"request-{next(self._request_ids)}"
+        text, token_ids = self._assembly.inputs.tokenize(prompt)
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        self._command(lambda: self._add(name, text, token_ids, params, stream))
+        ended = False
+        try:
+            while not ended:
+                answer = await stream.answers.get()
+                if isinstance(answer, BaseException):
+                    ended = True
+                    raise answer
+                ended = answer.finished
+                yield answer
+        finally:
+            if not ended:
+                self._commands.put(lambda: self._abort(name))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream yields a last output with finish_reason "abort". Unknown ids are no error."""
+        self._command(lambda: self._abort(request_id))
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: encode, decode, apply_chat_template."""
+        return self._assembly.tokenizer
+
+    @property
+    def num_unfinished(self) -> int:
+        """Prompts being worked on."""
+        return len(self._open)
+
+    def shutdown(self) -> None:
+        """End every open stream with EngineDeadError and free the model's memory. May be called twice."""
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        if not self._thread.is_alive():
+            raise _dead(self._failure)
+        self._commands.put(command)
+
+    # ------------------------------------------------------------------------------------- the engine's thread
+
+    def _serve(self) -> None:
+        """Step while there is work, take commands between steps, wait for one while there is none."""
+        try:
+            while not self._stopping:
+                while not self._commands.empty() or not (self._assembly.engine.has_unfinished or self._stopping):
+                    self._commands.get()()
+                if not self._stopping:
+                    self._step()
+            self._failure = RuntimeError("it was shut down")
+        except Exception as error:
+            self._failure = error
+        finally:
+            self._assembly.engine.stop()
+            for _, stream in self._open.values():
+                stream.put(_dead(self._failure))
+            self._open.clear()
+
+    def _step(self) -> None:
+        processed = self._assembly.outputs.process(self._assembly.engine.step(), time.monotonic())
+        for request_id in processed.to_stop:
+            self._assembly.engine.abort(request_id, "stop")
+        for output in processed.changed:
+            self._publish(output)
+
+    def _add(
+        self, request_id: str, text: str | None, token_ids: list[int], params: SamplingParams, stream: _Stream
+    ) -> None:
+        if request_id in self._open:
+            stream.put(RequestError(f"Request id {request_id!r} is in use; ids must be unique while they run."))
+            return
+        output = None
+        try:
+            requests = self._assembly.inputs.requests(request_id, token_ids, params)
+            output = self._assembly.outputs.add(request_id, text, token_ids, params, requests[0].arrival_time)
+            for request in requests:
+                self._assembly.engine.add(request)
+        except RequestError as error:
+            self._end(output)
+            stream.put(error)
+        else:
+            self._open[request_id] = (output, stream)
+
+    def _abort(self, request_id: str) -> None:
+        if request_id in self._open:
+            output, _ = self._open[request_id]
+            self._end(output)
+            self._publish(output)
+
+    def _end(self, output: RequestOutput | None) -> None:
+        if output is not None:
+            for engine_request_id in self._assembly.outputs.abort(output):
+                self._assembly.engine.abort(engine_request_id)
+
+    def _publish(self, output: RequestOutput) -> None:
+        _, stream = self._open[output.request_id]
+        if output.finished:
+            del self._open[output.request_id]
+        stream.put(snapshot(output))
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+
+def _dead(cause: BaseException | None) -> EngineDeadError:
+    error = EngineDeadError(f"The engine is not running: {cause}")
+    error.__cause__ = cause
+    return error

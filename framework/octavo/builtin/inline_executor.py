@@ -1,0 +1,37 @@
+"""The executor that runs in the engine's own process and thread: the reference, and the one to debug with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from octavo.errors import EngineDeadError
+from octavo.interfaces.executor import Executor, ExecutorReport, Step, StepOutput
+from octavo.interfaces.manifest import Manifest
+from octavo.runner.worker import Worker
+
+
+class InlineExecutor(Executor):
+    """`submit` computes the step at once; `collect` hands its tokens over."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def start(self, manifest: Manifest, on_failure: Callable[[BaseException], None]) -> ExecutorReport:
+        self._worker = Worker(manifest)
+        return self._worker.report
+
+    def submit(self, step: Step) -> object:
+        self.check()
+        assert self._worker is not None
+        return self._worker.execute(step)
+
+    def collect(self, handle: object) -> StepOutput:
+        assert isinstance(handle, StepOutput)
+        return handle
+
+    def check(self) -> None:
+        if self._worker is None:
+            raise EngineDeadError("The executor is not running: it was stopped or never started.")
+
+    def stop(self) -> None:
+        self._worker = None

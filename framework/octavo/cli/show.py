@@ -1,0 +1,35 @@
+"""Printing a stream of text, and what an engine has done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TextIO
+
+from octavo.llm import LLM
+from octavo.outputs import RequestOutput
+
+
+def print_text(stream: Iterable[RequestOutput]) -> str:
+    """Print a growing output piece by piece and return its text; Ctrl-C ends it and keeps what is there."""
+    text = ""
+    try:
+        for output in stream:
+            print(output.outputs[0].text[len(text) :], end="", flush=True)
+            text = output.outputs[0].text
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print()
+    return text
+
+
+def print_summary(llm: LLM, file: TextIO | None = None) -> None:
+    """Tokens a second, the KV cache's use, and the chosen components."""
+    stats, manifest = llm.stats(), llm.manifest
+    rate = stats.num_output_tokens / stats.busy_seconds if stats.busy_seconds else 0.0
+    tokens = stats.num_blocks * stats.block_size
+    components = ", ".join(f"{kind} {chosen.plugin}/{chosen.name}" for kind, chosen in manifest.components.items())
+    print(
+        f"\n{stats.num_output_tokens} tokens, {rate:.1f} tokens/s; KV cache: {tokens:,} tokens, "
+        f"waste {100 * stats.kv_waste:.1f} %; {manifest.device}, {manifest.dtype}\n{components}",
+        file=file,
+    )

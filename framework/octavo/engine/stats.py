@@ -1,0 +1,32 @@
+"""Numbers of a running engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A moment's view.
+
+    Attributes:
+        num_waiting, num_running: requests.
+        num_steps: steps submitted since start.
+        busy_seconds: time spent in steps since start.
+        num_output_tokens: tokens sampled and kept since start.
+        num_preemptions: since start.
+        num_blocks, block_size: of the KV cache.
+        kv_usage: share of the blocks that requests hold, 0 to 1.
+        kv_waste: 1 - tokens stored / token slots over the blocks that running requests hold, mean over all steps.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_steps: int
+    busy_seconds: float
+    num_output_tokens: int
+    num_preemptions: int
+    num_blocks: int
+    block_size: int
+    kv_usage: float
+    kv_waste: float

@@ -1,0 +1,101 @@
+"""From what a user gives to requests the engine can run: tokens checked, parameters resolved, seeds set."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from octavo.errors import RequestError
+from octavo.model_config import ModelConfig
+from octavo.request import Request
+from octavo.sampling_params import MAX_SEED, SamplingParams
+from octavo.tokenizer import Tokenizer
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+
+
+class InputProcessor:
+    """Knows the tokenizer and the model's limits; checks each prompt before the engine sees it."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, max_model_len: int, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self._max_model_len = max_model_len
+        self._seeds = random.Random(seed)
+
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """(text if it was text, token ids); special tokens are added to text as the tokenizer says.
+
+        Raises:
+            RequestError: it is none of the forms of `Prompt`.
+        """
+        content: object = prompt
+        if isinstance(prompt, Mapping):
+            content = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if isinstance(content, str):
+            return content, self._tokenizer.encode(content)
+        if isinstance(content, Sequence) and all(isinstance(token_id, int) for token_id in content):
+            return None, list(content)
+        found = f"keys {sorted(prompt)}" if isinstance(prompt, Mapping) else type(prompt).__name__
+        raise RequestError(
+            f"A prompt is a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'; found {found}."
+        )
+
+    def requests(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, priority: int = 0
+    ) -> list[Request]:
+        """One request for each of the `n` completions, ids "<request_id>" or "<request_id>/<index>".
+
+        Raises:
+            RequestError: no tokens, ids outside the vocabulary, or no room for one output token.
+        """
+        self._check(prompt_token_ids)
+        seed = params.seed if params.seed is not None else self._seeds.randrange(MAX_SEED)
+        room = self._max_model_len - len(prompt_token_ids)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        return [
+            Request(
+                request_id=child_id(request_id, index, params.n),
+                prompt_token_ids=prompt_token_ids,
+                params=params,
+                seed=seed,
+                sample_index=index,
+                stop_token_ids=frozenset(params.stop_token_ids or ()),
+                eos_token_ids=frozenset() if params.ignore_eos else self._config.eos_token_ids,
+                max_total_tokens=len(prompt_token_ids) + max_tokens,
+                arrival_time=time.monotonic(),
+                priority=priority,
+            )
+            for index in range(params.n)
+        ]
+
+    def _check(self, prompt_token_ids: list[int]) -> None:
+        if not prompt_token_ids:
+            raise RequestError("The prompt is empty: at least one token is needed.")
+        if wrong := [token_id for token_id in prompt_token_ids if not 0 <= token_id < self._config.vocab_size]:
+            raise RequestError(f"Token ids must be in [0, {self._config.vocab_size}); found {wrong[:5]}.")
+        if len(prompt_token_ids) >= self._max_model_len:
+            raise RequestError(
+                f"The prompt has {len(prompt_token_ids)} tokens; max_model_len is {self._max_model_len} and one output "
+                "token needs room too. Shorten the prompt or raise max_model_len."
+            )
+
+
+def child_id(request_id: str, index: int, n: int) -> str:
+    """The engine's id of completion `index` of `n`."""
+    return request_id if n == 1 else f"{request_id}/{index}"

@@ -1,0 +1,179 @@
+"""LLM: the Python user's door. Prompts in, finished outputs back."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from octavo.assemble import assemble
+from octavo.config import EngineConfig
+from octavo.engine.stats import EngineStats
+from octavo.errors import RequestError
+from octavo.input_processor import Prompt
+from octavo.interfaces.manifest import Manifest
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import SamplingParams
+from octavo.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, loaded and ready. `LLM("demo")`, or every field of EngineConfig by name.
+
+    Usable as a context manager; `shutdown()` frees the model's memory.
+    """
+
+    def __init__(self, model: str = "demo", **settings: Any) -> None:
+        """Load `model` with `settings`, the fields of EngineConfig.
+
+        Raises:
+            ConfigError: a setting is wrong, or a named component cannot serve.
+            ModelNotFoundError, CheckpointError: the model is not there or not readable.
+        """
+        self.config = EngineConfig.create(model=model, **settings)
+        self._assembly = assemble(self.config)
+        self.engine = self._assembly.engine
+        self._request_ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs in the order of the prompts.
+
+        Args:
+            prompts: one or many; each a text, a list of token ids, or a dict with "prompt" or "prompt_token_ids".
+            sampling_params: one for all, or one for each prompt; default SamplingParams().
+
+        Raises:
+            RequestError: a prompt or its parameters cannot be served; then none of them was started.
+            EngineDeadError: the engine stopped; the cause is chained.
+        """
+        wanted = _as_list(prompts)
+        params = _for_each(sampling_params, len(wanted))
+        outputs = self._add(wanted, params)
+        for _ in self._run(outputs):
+            pass
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, each a list of {"role", "content"}, through the model's template."""
+        prompts = [
+            self._chat_prompt(conversation, add_generation_prompt) for conversation in _as_conversations(messages)
+        ]
+        return self.generate(prompts, sampling_params)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding its growing output after each step that changed it.
+
+        Leaving the loop early aborts the request.
+        """
+        outputs = self._add([prompt], _for_each(sampling_params, 1))
+        for _ in self._run(outputs):
+            yield outputs[0]
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Like `stream`, for one conversation."""
+        return self.stream(self._chat_prompt(messages, True), sampling_params)
+
+    def stats(self) -> EngineStats:
+        """How the engine stands, and what it has done since start."""
+        return self.engine.stats()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The model's path, device and dtype, and the component chosen of each kind."""
+        return self._assembly.manifest
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: encode, decode, apply_chat_template."""
+        return self._assembly.tokenizer
+
+    def shutdown(self) -> None:
+        """Free the model's memory; the object takes no more prompts. May be called twice."""
+        self.engine.stop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool) -> Prompt:
+        token_ids = self._assembly.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        return {"prompt_token_ids": token_ids}
+
+    def _add(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+        """Check all prompts, then queue all of them."""
+        checked = []
+        for prompt, each in zip(prompts, params, strict=True):
+            request_id = str(next(self._request_ids))
+            text, token_ids = self._assembly.inputs.tokenize(prompt)
+            checked.append(
+                (request_id, text, token_ids, each, self._assembly.inputs.requests(request_id, token_ids, each))
+            )
+        outputs: list[RequestOutput] = []
+        try:
+            for request_id, text, token_ids, each, requests in checked:
+                outputs.append(self._assembly.outputs.add(request_id, text, token_ids, each, requests[0].arrival_time))
+                for request in requests:
+                    self.engine.add(request)
+        except Exception:
+            self._abort(outputs)
+            raise
+        return outputs
+
+    def _run(self, outputs: Sequence[RequestOutput]) -> Iterator[None]:
+        """Step until all of `outputs` are finished, pausing after each step; abort them if the loop is left."""
+        try:
+            while not all(output.finished for output in outputs):
+                processed = self._assembly.outputs.process(self.engine.step(), time.monotonic())
+                for request_id in processed.to_stop:
+                    self.engine.abort(request_id, "stop")
+                if processed.changed:
+                    yield
+        finally:
+            self._abort(outputs)
+
+    def _abort(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            for request_id in self._assembly.outputs.abort(output):
+                self.engine.abort(request_id)
+
+
+def _as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Iterator[Sequence[Message]]:
+    """One conversation or several, as several."""
+    several = [message for message in messages if not isinstance(message, Mapping)]
+    if len(several) == len(messages):
+        yield from several
+    else:
+        yield [message for message in messages if isinstance(message, Mapping)]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(f"{num_prompts} prompts came with {len(params)} SamplingParams; give one, or one for each.")
+    return list(params)

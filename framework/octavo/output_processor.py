@@ -1,0 +1,142 @@
+"""From the engine's tokens to what a user reads: text without half characters, stop strings, one output a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from octavo.detokenizer import IncrementalDetokenizer
+from octavo.engine.engine import EngineOutput
+from octavo.input_processor import child_id
+from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from octavo.sampling_params import SamplingParams
+from octavo.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class _Completion:
+    """One completion on its way, and the output it belongs to."""
+
+    completion: CompletionOutput
+    detokenizer: IncrementalDetokenizer | None
+    output: RequestOutput
+    include_stop: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessedOutputs:
+    """What one step changed.
+
+    Attributes:
+        changed: outputs with new tokens or an end, each once; they go on changing in later steps.
+        to_stop: engine request ids of completions that met a stop string.
+    """
+
+    changed: list[RequestOutput]
+    to_stop: list[str]
+
+
+class OutputProcessor:
+    """Holds the outputs of all unfinished prompts."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._completions: dict[str, _Completion] = {}
+
+    def add(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        arrival_time: float,
+    ) -> RequestOutput:
+        """Start the output of a prompt."""
+        output = RequestOutput(
+            request_id=request_id,
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            outputs=[CompletionOutput(index=index) for index in range(params.n)],
+            finished=False,
+            metrics=RequestMetrics(arrival_time=arrival_time),
+        )
+        for completion in output.outputs:
+            detokenizer = (
+                IncrementalDetokenizer(self._tokenizer, prompt_token_ids, params) if params.detokenize else None
+            )
+            self._completions[child_id(request_id, completion.index, params.n)] = _Completion(
+                completion=completion,
+                detokenizer=detokenizer,
+                output=output,
+                include_stop=params.include_stop_str_in_output,
+            )
+        return output
+
+    def process(self, engine_outputs: Iterable[EngineOutput], now: float) -> ProcessedOutputs:
+        """Take in one step. `now` is seconds of `time.monotonic()`."""
+        changed: dict[str, RequestOutput] = {}
+        to_stop = []
+        for engine_output in engine_outputs:
+            entry = self._completions.get(engine_output.request_id)
+            if entry is None:  # ended here by a stop string while a later step was on its way
+                continue
+            reason = self._extend(entry, engine_output)
+            _time(entry.output, engine_output, now)
+            if reason is not None:
+                if engine_output.finish_reason is None:
+                    to_stop.append(engine_output.request_id)
+                self._finish(engine_output.request_id, entry, reason)
+            changed[entry.output.request_id] = entry.output
+        return ProcessedOutputs(changed=list(changed.values()), to_stop=to_stop)
+
+    def abort(self, output: RequestOutput) -> list[str]:
+        """End what is unfinished of an output; returns the engine's ids to abort."""
+        request_ids = [
+            child_id(output.request_id, completion.index, len(output.outputs))
+            for completion in output.outputs
+            if completion.finish_reason is None
+        ]
+        for request_id in request_ids:
+            if (entry := self._completions.get(request_id)) is not None:
+                if entry.detokenizer is not None:
+                    entry.completion.text += entry.detokenizer.update([], finished=True)
+                self._finish(request_id, entry, "abort")
+        return request_ids
+
+    def _extend(self, entry: _Completion, engine_output: EngineOutput) -> str | None:
+        """Add tokens and text; the reason if this ends the completion."""
+        completion, reason = entry.completion, engine_output.finish_reason
+        completion.token_ids += engine_output.new_token_ids
+        if reason is not None:
+            completion.stop_reason = engine_output.stop_reason
+        if entry.detokenizer is not None:
+            shown = engine_output.new_token_ids
+            if reason == "stop" and not entry.include_stop:
+                shown = shown[:-1]
+            completion.text += entry.detokenizer.update(shown, finished=reason is not None)
+            if entry.detokenizer.stop_reason is not None:
+                completion.stop_reason = entry.detokenizer.stop_reason
+                return "stop"
+        return reason
+
+    def _finish(self, request_id: str, entry: _Completion, reason: str) -> None:
+        entry.completion.finish_reason = reason
+        entry.output.finished = all(completion.finish_reason for completion in entry.output.outputs)
+        del self._completions[request_id]
+
+
+def snapshot(output: RequestOutput) -> RequestOutput:
+    """A copy that later steps do not change."""
+    completions = [replace(completion, token_ids=list(completion.token_ids)) for completion in output.outputs]
+    return replace(output, outputs=completions, metrics=output.metrics and replace(output.metrics))
+
+
+def _time(output: RequestOutput, engine_output: EngineOutput, now: float) -> None:
+    output.num_cached_tokens = max(output.num_cached_tokens, engine_output.num_cached_tokens)
+    metrics = output.metrics
+    assert metrics is not None
+    metrics.first_scheduled_time = metrics.first_scheduled_time or engine_output.first_scheduled_time
+    metrics.num_preemptions = max(metrics.num_preemptions, engine_output.num_preemptions)
+    if engine_output.new_token_ids:
+        metrics.first_token_time = metrics.first_token_time or now
+        metrics.last_token_time = now

@@ -1,0 +1,85 @@
+"""The sampler: from logits to one token a row, vectorised; the draw depends on nothing but the row itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.runner.batch import SamplingInputs
+
+# Odd 32-bit constants of MurmurHash3's finaliser (Appleby, public domain) and the golden ratio's fraction,
+# written as signed so that int32 tensors take them.
+_MIX_1 = 0x85EBCA6B - 2**32
+_MIX_2 = 0xC2B2AE35 - 2**32
+_GOLDEN = 0x9E3779B9 - 2**32
+
+
+def sample(logits: Tensor, inputs: SamplingInputs) -> Tensor:
+    """Draw one token for each row.
+
+    Greedy rows take the arg-max. The others take arg-max(logits / temperature + Gumbel noise) over the tokens
+    that top-k and top-p leave, which is a draw from the softmax (the Gumbel-max trick). The noise is a hash of
+    (seed, sample index, position, token id): the same request draws the same on every device and in any batch.
+
+    Args:
+        logits: [num_samples, vocab_size], any float dtype; may be changed.
+
+    Returns:
+        [num_samples] int64.
+
+    Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030.
+    """
+    for row, token_ids in inputs.banned:
+        logits[row, list(token_ids)] = float("-inf")
+    greedy = logits.argmax(dim=-1)
+    if inputs.all_greedy:
+        return greedy
+    is_greedy = inputs.temperature == 0
+    scores = logits.float() / torch.where(is_greedy, 1.0, inputs.temperature).unsqueeze(1)
+    if inputs.any_top_k or inputs.any_top_p:
+        _keep_top(scores, inputs)
+    scores += gumbel_noise(inputs, scores.shape[1])
+    return torch.where(is_greedy, greedy, scores.argmax(dim=-1))
+
+
+def gumbel_noise(inputs: SamplingInputs, vocab_size: int, first_token_id: int = 0) -> Tensor:
+    """-log(-log(1 - u)) with u in (0, 1) hashed from each row's key and each token id: [num_samples, vocab_size].
+
+    `first_token_id` is the id of column 0, so that a shard of the vocabulary draws what the whole would.
+    """
+    low, high = inputs.seed.int(), (inputs.seed >> 32).int()
+    key = _mix(low ^ _mix(high + _GOLDEN))
+    key = _mix(key ^ _mix(inputs.sample_index * _GOLDEN + 1))
+    key = _mix(key ^ _mix(inputs.position * _GOLDEN + 2))
+    second_key = _mix(key + _GOLDEN)
+    token_ids = torch.arange(first_token_id, first_token_id + vocab_size, dtype=torch.int32, device=key.device)
+    bits = _mix(_mix(token_ids * _GOLDEN ^ key.unsqueeze(1)) + second_key.unsqueeze(1))
+    # As float32 the lowest bits of a large hash are rounded, those of a small one are not: the noise is finest
+    # where it is largest. Half a step keeps u above 0; u = 1 gives -inf, never drawn.
+    uniform = ((bits.long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser over int32; shifts are made logical by masking the copied sign bits."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _MIX_1
+    x = x ^ ((x >> 13) & 0x7FFFF)
+    x = x * _MIX_2
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _keep_top(scores: Tensor, inputs: SamplingInputs) -> None:
+    """Set to -inf, in place, what top-k and then top-p leave out. Ties at the border are kept."""
+    vocab_size = scores.shape[1]
+    ordered = scores.sort(dim=-1, descending=True).values
+    top_k = torch.where(inputs.top_k > 0, inputs.top_k, vocab_size).clamp(max=vocab_size).long().unsqueeze(1)
+    threshold = ordered.gather(1, top_k - 1)
+    if inputs.any_top_p:
+        ordered = ordered.masked_fill(ordered < threshold, float("-inf"))
+        probabilities = ordered.softmax(dim=-1)
+        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        num_kept = (mass_before < inputs.top_p.unsqueeze(1)).sum(dim=-1, keepdim=True).clamp(min=1)
+        nucleus = ordered.gather(1, num_kept - 1)
+        threshold = torch.where(inputs.top_p.unsqueeze(1) < 1, torch.maximum(threshold, nucleus), threshold)
+    scores.masked_fill_(scores < threshold, float("-inf"))
