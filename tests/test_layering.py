@@ -40,7 +40,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("block_pool", "scheduler", "engine", "processors"),
         ),
     ),
-    "entry": (("llm", "async_llm"), ("data", "text", "engine", "processors", "assembly")),
+    "entry": (("llm", "async_llm"), ("data", "interfaces", "text", "engine", "processors", "assembly")),
     "cli": (("cli", "__main__"), ("data", "specs", "plugins", "text", "sources", "entry")),
     "builtin": (("builtin",), ("data", "specs", "interfaces", "nn", "runner")),
 }
