@@ -1,4 +1,7 @@
-"""BlockPool: who holds which KV block, and which blocks hold a prefix worth keeping. Block ids only, no tensors."""
+"""BlockPool: who holds which KV block, and which blocks hold a prefix worth keeping.
+
+The scheduler's only store of memory: block ids and counts, no tensors.
+"""
 
 from __future__ import annotations
 
@@ -140,6 +143,43 @@ class BlockPool:
         self._hash_of_block.clear()
         self._block_of_hash.clear()
         return True
+
+
+class DeferredReleases:
+    """Releases the blocks of requests that left, each once the last step that may write to them is collected."""
+
+    def __init__(self, block_pool: BlockPool) -> None:
+        self._pool = block_pool
+        self._last_collected_step_id = -1
+        self._waiting: dict[int, list[list[int]]] = {}  # by the step they wait for
+
+    @property
+    def num_references(self) -> int:
+        """References still to be given up."""
+        return sum(len(block_ids) for entry in self._waiting.values() for block_ids in entry)
+
+    def release(self, block_ids: list[int], last_step_id: int) -> None:
+        """Release a request's blocks now, or when its last step is collected if that is still in flight."""
+        if last_step_id <= self._last_collected_step_id:
+            self._pool.release(block_ids)
+        else:
+            self._waiting.setdefault(last_step_id, []).append(block_ids)
+
+    def collect(self, step_id: int) -> None:
+        """A step was collected, and so was every step before it."""
+        self._last_collected_step_id = step_id
+        for block_ids in self._waiting.pop(step_id, ()):
+            self._pool.release(block_ids)
+
+    def num_blocks_held_by_others(self) -> int:
+        """Distinct blocks that some request holds which has not left."""
+        references: dict[int, int] = {}
+        for entry in self._waiting.values():
+            for block_ids in entry:
+                for block_id in block_ids:
+                    references[block_id] = references.get(block_id, 0) + 1
+        pool = self._pool
+        return pool.num_referenced - sum(pool.reference_count(block) == num for block, num in references.items())
 
 
 def extend_hash_chain(

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
 
-from octavo.engine.block_pool import BlockPool, extend_hash_chain
+from octavo.engine.block_pool import BlockPool, DeferredReleases, extend_hash_chain
 from octavo.errors import PluginError, RequestError
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step, StepOutput
 from octavo.interfaces.scheduling import SchedulerPolicy
 from octavo.request import Request, RequestStatus
 
-MAX_PREEMPTIONS_BY_POLICY = 16
-"""How often a policy may choose one request as its victim before it must choose another: a policy whose choices
-go in circles is unfair, but every admitted request still ends."""
+MAX_PREEMPTIONS_BY_POLICY = 8
+"""How often a policy may choose one request as its victim before it must choose another. With several steps in flight
+even "the longest running" as victim makes two requests take turns for ever, each losing its samples in flight."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,25 +33,19 @@ class RequestUpdate:
     new_token_ids: list[int]
 
 
+_Row = tuple[Request, int, ScheduledRow]  # its epoch when the row was made: late results are told by it
+
+
 @dataclass(kw_only=True, slots=True)
 class _Draft:
     """One call of `schedule`: the rows so far, what is left to give, who waits for blocks on their way back."""
 
     now: float
     budget: int
-    rows: dict[str, ScheduledRow] = field(default_factory=dict)
-    requests: dict[str, Request] = field(default_factory=dict)
+    rows: dict[str, _Row] = field(default_factory=dict)
     entering: list[NewRow] = field(default_factory=list)
     num_awaited_blocks: dict[str, int] = field(default_factory=dict)
     preempted: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Flight:
-    """A step in flight: whose rows it has, and each one's epoch when the step was made."""
-
-    step_id: int
-    requests: list[tuple[Request, int]]
 
 
 class Scheduler:
@@ -90,10 +84,9 @@ class Scheduler:
         self._running: list[Request] = []  # in order of admission
         self._leaving: list[str] = []  # news the runner has not had yet
         self._in_runner: set[str] = set()
-        self._in_flight: deque[_Flight] = deque()
+        self._in_flight: deque[tuple[int, list[_Row]]] = deque()  # step ids and rows
         self._next_step_id = 0
-        self._last_collected_step_id = -1
-        self._deferred: dict[int, list[list[int]]] = {}  # blocks to release when that step is collected
+        self._releases = DeferredReleases(block_pool)
         self._num_preemptions = 0
         self._waste_sum, self._waste_steps = 0.0, 0
 
@@ -182,20 +175,21 @@ class Scheduler:
         """The next step, or None when there is nothing to compute now."""
         draft = _Draft(now=self._clock(), budget=self.max_num_batched_tokens)
         self._schedule_running(draft)
-        for request in draft.requests.values():  # only now: until here a preemption could take back its row
-            self._register_full_blocks(request)
+        for request, _epoch, row in draft.rows.values():  # only now: until here a preemption could take back a row
+            if (row.num_computed_tokens + row.num_tokens) // self.block_pool.block_size > request.num_registered_blocks:
+                self._register_full_blocks(request)
         if not draft.preempted and not draft.num_awaited_blocks:
             self._admit(draft)
         if not draft.rows:
             return None
         step_id = self._next_step_id
         self._next_step_id += 1
-        for request in draft.requests.values():
+        rows = list(draft.rows.values())
+        for request, _epoch, _row in rows:
             request.last_step_id = step_id
-        flown = [(request, request.epoch) for request in draft.requests.values()]
-        self._in_flight.append(_Flight(step_id=step_id, requests=flown))
+        self._in_flight.append((step_id, rows))
         leaving, self._leaving = self._leaving, []
-        return Step(step_id=step_id, leaving=leaving, entering=draft.entering, rows=list(draft.rows.values()))
+        return Step(step_id=step_id, leaving=leaving, entering=draft.entering, rows=[row for _, _, row in rows])
 
     def _schedule_running(self, draft: _Draft) -> None:
         block_size = self.block_pool.block_size
@@ -211,7 +205,7 @@ class Scheduler:
             block_ids = self._find_blocks(request, num_needed, draft) if num_needed > 0 else []
             if block_ids is not None:
                 request.block_ids += block_ids
-                self._add_row(request, start, end, block_ids, draft)
+                self._add_row(request, start, end, num_tokens, block_ids, draft)
 
     def _find_blocks(self, request: Request, num_needed: int, draft: _Draft) -> list[int] | None:
         """Blocks for a running request, preempting others if need be; None when it must wait or was itself chosen."""
@@ -220,7 +214,7 @@ class Scheduler:
             return pool.allocate(num_needed)
         while True:
             awaited = sum(draft.num_awaited_blocks.values())
-            returning = sum(len(block_ids) for entry in self._deferred.values() for block_ids in entry)
+            returning = self._releases.num_references  # at most: a shared block does not return with its first holder
             returning += sum(len(other.block_ids) for other in self._running if _is_ending(other))
             if num_needed <= pool.num_free + returning - awaited:
                 if num_needed <= pool.num_free:
@@ -245,16 +239,14 @@ class Scheduler:
 
     def _preempt(self, victim: Request, draft: _Draft) -> None:
         """Take a running request's blocks; it waits in its old place and is computed again."""
-        row = draft.rows.pop(victim.request_id, None)
-        if row is not None:
-            del draft.requests[victim.request_id]
-            draft.budget += row.num_tokens
+        taken_back = draft.rows.pop(victim.request_id, None)
+        if taken_back is not None:
+            draft.budget += taken_back[2].num_tokens
         draft.num_awaited_blocks.pop(victim.request_id, None)
         draft.preempted = True
         self._running.remove(victim)
         self._leave_batch(victim)
         victim.num_computed_tokens = 0
-        victim.num_registered_blocks = 0
         victim.epoch += 1
         victim.status = RequestStatus.WAITING
         self._num_preemptions += 1
@@ -292,22 +284,26 @@ class Scheduler:
             self._running.append(request)
             self._in_runner.add(request.request_id)
             draft.entering.append(_new_row(request))
-            self._add_row(request, start, end, list(request.block_ids), draft)
+            self._add_row(request, start, end, num_tokens, list(request.block_ids), draft)
             self._register_full_blocks(request)
 
-    def _add_row(self, request: Request, start: int, end: int, new_block_ids: list[int], draft: _Draft) -> None:
-        samples = end == request.num_tokens + request.num_placeholder_tokens
-        draft.budget -= end - start
+    def _add_row(
+        self, request: Request, start: int, end: int, num_tokens: int, new_block_ids: list[int], draft: _Draft
+    ) -> None:
+        """Let the request compute its tokens from `start` to `end`, of `num_tokens` known or placeholders."""
+        samples = end == num_tokens
+        if samples:
+            request.num_placeholder_tokens += 1
         request.num_in_flight_tokens += end - start
-        request.num_placeholder_tokens += samples
-        draft.requests[request.request_id] = request
-        draft.rows[request.request_id] = ScheduledRow(
+        draft.budget -= end - start
+        row = ScheduledRow(
             request_id=request.request_id,
             num_computed_tokens=start,
             num_tokens=end - start,
             new_block_ids=new_block_ids,
             samples=samples,
         )
+        draft.rows[request.request_id] = (request, request.epoch, row)
 
     # ------------------------------------------------------------------------------------------------ apply
 
@@ -317,14 +313,13 @@ class Scheduler:
         Raises:
             PluginError: the executor did not return one token for a row that samples.
         """
-        flight = self._in_flight.popleft()
-        assert flight.step_id == step.step_id == output.step_id, "steps are applied in the order they were made"
-        self._last_collected_step_id = step.step_id
-        for block_ids in self._deferred.pop(step.step_id, ()):
-            self.block_pool.release(block_ids)
+        step_id, rows = self._in_flight.popleft()
+        assert step_id == step.step_id == output.step_id, "steps are applied in the order they were made"
+        self._releases.collect(step_id)
         updates = []
-        for (request, epoch), row in zip(flight.requests, step.rows, strict=True):
-            if request.epoch != epoch or request.status is not RequestStatus.RUNNING:
+        running = RequestStatus.RUNNING
+        for request, epoch, row in rows:
+            if request.epoch != epoch or request.status is not running:
                 continue
             request.num_computed_tokens += row.num_tokens
             request.num_in_flight_tokens -= row.num_tokens
@@ -335,7 +330,7 @@ class Scheduler:
             if self._tell_served:
                 num_prompt_tokens = min(row.num_tokens, max(0, len(request.prompt_token_ids) - row.num_computed_tokens))
                 self.policy.served(request, num_prompt_tokens, int(row.samples))
-        self._running = [request for request in self._running if request.status is RequestStatus.RUNNING]
+        self._running = [request for request in self._running if request.status is running]
         self._measure_waste()
         return updates
 
@@ -357,17 +352,12 @@ class Scheduler:
             self._end(request, "length")
 
     def _measure_waste(self) -> None:
-        """Each block held twice is full and counts once; blocks held only by requests that left do not count."""
         pool = self.block_pool
-        departed: dict[int, int] = {}
-        for entry in self._deferred.values():
-            for block_ids in entry:
-                for block_id in block_ids:
-                    departed[block_id] = departed.get(block_id, 0) + 1
-        num_blocks = pool.num_referenced - sum(pool.reference_count(block) == held for block, held in departed.items())
+        num_blocks = self._releases.num_blocks_held_by_others()
         if num_blocks:
-            num_repeats = pool.num_references - sum(departed.values()) - num_blocks
-            num_stored = sum(request.num_scheduled_tokens for request in self._running) - num_repeats * pool.block_size
+            num_stored = sum([request.num_computed_tokens + request.num_in_flight_tokens for request in self._running])
+            num_repeats = pool.num_references - self._releases.num_references - num_blocks
+            num_stored -= num_repeats * pool.block_size  # only full blocks are shared
             self._waste_sum += 1 - num_stored / (num_blocks * pool.block_size)
             self._waste_steps += 1
 
@@ -395,11 +385,8 @@ class Scheduler:
         if request.request_id in self._in_runner:
             self._in_runner.remove(request.request_id)
             self._leaving.append(request.request_id)
-        block_ids, request.block_ids = request.block_ids, []
-        if request.last_step_id <= self._last_collected_step_id:
-            self.block_pool.release(block_ids)
-        else:
-            self._deferred.setdefault(request.last_step_id, []).append(block_ids)
+        self._releases.release(request.block_ids, request.last_step_id)
+        request.block_ids = []
         request.num_in_flight_tokens = 0
         request.num_placeholder_tokens = 0
 
