@@ -13,6 +13,10 @@ _MIX_1 = 0x85EBCA6B - 2**32
 _MIX_2 = 0xC2B2AE35 - 2**32
 _GOLDEN = 0x9E3779B9 - 2**32
 
+# The smallest that divides: below it quotients overflow, and infinities are all alike. Here already the noise decides
+# only between logits less than 3e-4 apart.
+_MIN_TEMPERATURE = 1e-5
+
 
 def sample(logits: Tensor, inputs: SamplingInputs) -> Tensor:
     """Draw one token for each row.
@@ -35,7 +39,7 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> Tensor:
     if inputs.all_greedy:
         return greedy
     is_greedy = inputs.temperature == 0
-    scores = logits.float() / torch.where(is_greedy, 1.0, inputs.temperature).unsqueeze(1)
+    scores = logits.float() / inputs.temperature.clamp(min=_MIN_TEMPERATURE).unsqueeze(1)
     if inputs.any_top_k or inputs.any_top_p:
         _keep_top(scores, inputs)
     scores += gumbel_noise(inputs, scores.shape[1])
@@ -55,8 +59,9 @@ def gumbel_noise(inputs: SamplingInputs, vocab_size: int, first_token_id: int = 
     token_ids = torch.arange(first_token_id, first_token_id + vocab_size, dtype=torch.int32, device=key.device)
     bits = _mix(_mix(token_ids * _GOLDEN ^ key.unsqueeze(1)) + second_key.unsqueeze(1))
     # As float32 the lowest bits of a large hash are rounded, those of a small one are not: the noise is finest
-    # where it is largest. Half a step keeps u above 0; u = 1 gives -inf, never drawn.
-    uniform = ((bits.long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32
+    # where it is largest. Half a step keeps u above 0; the clamp keeps it below 1, else the only token that top-k
+    # left could get -inf and lose to those left out.
+    uniform = (((bits.long() & 0xFFFFFFFF).float() + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 
 
