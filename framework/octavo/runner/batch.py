@@ -19,6 +19,7 @@ from octavo.interfaces.executor import NewRow, Step
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _ALIGNMENT = 16  # bytes; every field of the transfer starts at a multiple of it
+_MAX_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +103,10 @@ class PersistentBatch:
     def _enter(self, new: NewRow) -> None:
         row = self._row_of[new.request_id] = self._free_rows.pop()
         self._token_ids[row, : len(new.token_ids)] = new.token_ids
+        self._block_table[row, : self._num_blocks[row]] = 0  # of the request that had the row before
         self._num_blocks[row] = 0
-        self._temperature[row], self._top_p[row], self._top_k[row] = new.temperature, new.top_p, new.top_k
+        self._temperature[row], self._top_p[row] = new.temperature, new.top_p
+        self._top_k[row] = min(new.top_k, _MAX_INT32)
         self._seed[row], self._sample_index[row] = new.seed, new.sample_index
         if new.min_tokens and new.stop_token_ids:
             self._bans[row] = (new.num_prompt_tokens + new.min_tokens, new.stop_token_ids)
