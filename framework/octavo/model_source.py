@@ -28,7 +28,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if model == DEMO:
         return demo_model_path()
     path = Path(model).expanduser()
-    if path.exists():
+    if model and path.exists():
         return path
     if _looks_local(model):
         raise ModelNotFoundError(f"There is no file or folder {path.absolute()}.")

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from octavo.chat_template import ChatTemplate
 from octavo.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
+    from octavo.chat_template import ChatTemplate
     from octavo.interfaces.checkpoint import TokenizerData
 
 Message = Mapping[str, Any]
@@ -29,7 +29,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()  # some files carry their training's length limit and padding
         self._tokenizer.no_padding()
         self._special_tokens = dict(data.special_tokens)
-        self._chat_template = None if data.chat_template is None else ChatTemplate(data.chat_template)
+        self._chat_template = _compile(data.chat_template)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
@@ -38,17 +38,33 @@ class Tokenizer:
         self.pad_token_id = self._special_id("pad_token")
         self.unk_token_id = self._special_id("unk_token")
         self._pieces: dict[int, bytes] = {}
-        self._alphabet = _byte_alphabet() if "ByteLevel" in (kinds := _decoder_kinds(self._tokenizer.decoder)) else None
+        kinds = _decoder_kinds(self._tokenizer.decoder)
+        if whole_text := kinds & {"BPEDecoder", "CTC"}:
+            raise CheckpointError(
+                f"This tokenizer decodes with {', '.join(whole_text)}, whose text depends on all tokens at once; text "
+                "that is streamed token by token cannot be made with it."
+            )
+        self._alphabet = _byte_alphabet() if "ByteLevel" in kinds else None
         self._byte_fallback = "ByteFallback" in kinds
-        self._anchor: int | None = None
+        self._anchor: tuple[list[int], str] | None = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; `add_special_tokens` puts beginning and end around it where the model wants them."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of `text`; `add_special_tokens` puts beginning and end around it where the model wants them.
+
+        Raises:
+            RequestError: `text` is not text: half of a surrogate pair is in it, which JSON can bring.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise _not_text([text]) from error
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` of many texts, on all cores."""
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        """`encode` of many texts, on all cores. Raises what `encode` raises."""
+        try:
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise _not_text(texts) from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -89,6 +105,8 @@ class Tokenizer:
         return self._chat_template.render(
             {
                 "messages": messages,
+                "tools": None,  # templates ask `tools is not none`, which an undefined name would answer with yes
+                "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **self._special_tokens,
                 **variables,
@@ -130,23 +148,38 @@ class Tokenizer:
             return bytes([value])
         if first:
             return self.decode([token_id], skip_special_tokens=False).encode()
-        anchor = self._find_anchor()
-        before = self.decode([anchor], skip_special_tokens=False)
-        both = self.decode([anchor, token_id], skip_special_tokens=False)
-        if not both.startswith(before):
-            raise CheckpointError(f"This tokenizer's decoder cannot make text token by token (token {token!r}).")
-        return both[len(before) :].encode()
+        anchor, text = self._find_anchor()
+        return self.decode([*anchor, token_id], skip_special_tokens=False).removeprefix(text).encode()
 
-    def _find_anchor(self) -> int:
-        """A token of plain text to put before another, so that the other does not begin the text."""
+    def _find_anchor(self) -> tuple[list[int], str]:
+        """A token of plain text, and its text, to put before another, so that the other does not begin the text."""
         if self._anchor is None:
-            ids = self.encode("a", add_special_tokens=False)
-            self._anchor = ids[-1]
+            texts = ((token_id, self.decode([token_id])) for token_id in range(self.vocab_size))
+            self._anchor = next((([token_id], text) for token_id, text in texts if text.isalnum()), ([], ""))
         return self._anchor
 
     def _special_id(self, name: str) -> int | None:
         token = self._special_tokens.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
+
+
+def _not_text(texts: Sequence[object]) -> RequestError:
+    for text in texts:
+        if not isinstance(text, str):
+            return RequestError(f"A text to encode must be a string, not {type(text).__name__}.")
+        if half := next((character for character in text if "\ud800" <= character <= "\udfff"), None):
+            return RequestError(
+                f"The text has half of a surrogate pair (U+{ord(half):04X}), which stands for no character."
+            )
+    return RequestError("The text cannot be encoded.")
+
+
+def _compile(source: str | None) -> ChatTemplate | None:
+    if source is None:
+        return None
+    from octavo.chat_template import ChatTemplate  # here, not above: Jinja takes longer to import than all the rest
+
+    return ChatTemplate(source)
 
 
 def _decoder_kinds(decoder: Any) -> set[str]:

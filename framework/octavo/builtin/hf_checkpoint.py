@@ -69,10 +69,11 @@ class HuggingFaceCheckpoint(Checkpoint):
                         raise CheckpointError(
                             f"{path} lacks {len(missing)} tensors that {_INDEX} says it has: {_some(missing)}."
                         )
-                    for name in present if names is None else names:
+                    wanted = set(present if names is None else names)
+                    for name in filter(wanted.__contains__, present):  # in the file's order
                         yield name, shard.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is cut short or damaged ({error}); fetch it again.") from error
+                raise CheckpointError(_damage(path, error)) from error
 
     def _shards(self) -> dict[Path, list[str] | None]:
         """File -> the tensors to take from it, None for all; decided by the index, never by what lies about."""
@@ -134,6 +135,13 @@ class HuggingFaceCheckpoint(Checkpoint):
         return (
             f"{self._folder} has no tokenizer.json, which is needed to encode text. {hint}; or name another tokenizer."
         )
+
+
+def _damage(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            return f"{path} is only Git LFS's note of where the weights are; run `git lfs pull` in its folder."
+    return f"{path} is cut short or damaged ({error}); fetch it again."
 
 
 def _content(token: object) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from octavo.errors import CheckpointError
 from octavo.interfaces import Checkpoint, TokenizerData
 from octavo_checkpoint_gguf.gguf_file import GGUFFile
 from octavo_checkpoint_gguf.tokenizer import end_token_ids, read_tokenizer
+
+_T = TypeVar("_T")
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM"}  # Llama 1, 2, 3, Mistral, SmolLM: one tensor layout
 
@@ -54,7 +56,7 @@ class GGUFCheckpoint(Checkpoint):
     def config(self) -> Mapping[str, Any]:
         num_heads = self._int("attention.head_count")
         hidden_size = self._int("embedding_length")
-        tokens = self._file.metadata
+        metadata = self._file.metadata
         return {
             "architectures": [ARCHITECTURES[self._architecture]],
             "model_type": self._architecture,
@@ -67,13 +69,13 @@ class GGUFCheckpoint(Checkpoint):
             "num_key_value_heads": self._num_kv_heads(),
             "head_dim": self._head_dim(),
             "attention_bias": any(".attn_q.bias" in name for name in self._file.tensors),
-            "rms_norm_eps": float(self._get("attention.layer_norm_rms_epsilon", 1e-5)),
+            "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon", 1e-5),
             "max_position_embeddings": self._int("context_length"),
-            "rope_theta": float(self._get("rope.freq_base", 10000.0)),
+            "rope_theta": self._float("rope.freq_base", 10000.0),
             "rope_parameters": self._rope_parameters(),
-            "bos_token_id": tokens.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": tokens.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": tokens.get("tokenizer.ggml.padding_token_id"),
+            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
             "tie_word_embeddings": "output.weight" not in self._file.tensors,
             "dtype": self._dtype(),
         }
@@ -82,15 +84,12 @@ class GGUFCheckpoint(Checkpoint):
         metadata = self._file.metadata
         return {
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": end_token_ids(metadata),
+            "eos_token_id": self._of_tokenizer(end_token_ids),
             "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
         }
 
     def tokenizer(self) -> TokenizerData:
-        try:
-            return read_tokenizer(self._file.metadata)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+        return self._of_tokenizer(read_tokenizer)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         num_heads, num_kv_heads = self._int("attention.head_count"), self._num_kv_heads()
@@ -104,32 +103,40 @@ class GGUFCheckpoint(Checkpoint):
 
     # ------------------------------------------------------------------------------------------ metadata
 
+    def _of_tokenizer(self, read: Callable[[Mapping[str, Any]], _T]) -> _T:
+        """What `read` finds in the metadata; its errors name the file."""
+        try:
+            return read(self._file.metadata)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
     @property
     def _architecture(self) -> str:
         return str(self._file.metadata.get("general.architecture", "unknown"))
 
-    def _get(self, key: str, default: float) -> Any:
-        return self._file.metadata.get(f"{self._architecture}.{key}", default)
-
-    def _int(self, key: str) -> int:
-        value = self._file.metadata.get(f"{self._architecture}.{key}")
-        if isinstance(value, bool) or not isinstance(value, int):
+    def _int(self, key: str, default: int | None = None) -> int:
+        value = self._file.metadata.get(f"{self._architecture}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise CheckpointError(
                 f"{self.path}: metadata {self._architecture}.{key} should be one whole number and is {value!r}."
             )
         return value
 
+    def _float(self, key: str, default: float) -> float:
+        value = self._file.metadata.get(f"{self._architecture}.{key}", default)
+        if not isinstance(value, (int, float)):
+            raise CheckpointError(f"{self.path}: metadata {self._architecture}.{key} is {value!r}, not a number.")
+        return float(value)
+
     def _num_kv_heads(self) -> int:
-        key = "attention.head_count_kv"
-        present = f"{self._architecture}.{key}" in self._file.metadata
-        return self._int(key) if present else self._int("attention.head_count")
+        return self._int("attention.head_count_kv", self._int("attention.head_count"))
 
     def _head_dim(self) -> int:
         """Rows of q divided by heads: what the weights are, whatever the metadata says of it."""
         rows = self._file.tensors["blk.0.attn_q.weight"].shape[0]
         head_dim = rows // self._int("attention.head_count")
         for key in ("attention.key_length", "rope.dimension_count"):
-            if (said := int(self._get(key, head_dim))) != head_dim:
+            if (said := self._int(key, head_dim)) != head_dim:
                 raise CheckpointError(
                     f"{self.path}: {self._architecture}.{key} is {said}, but q has {head_dim} rows a head; "
                     "models that rotate only a part of each head are not read."
@@ -140,22 +147,21 @@ class GGUFCheckpoint(Checkpoint):
         matrix_types = {info.type.name for info in self._file.tensors.values() if len(info.shape) > 1}
         if not matrix_types <= set(_FLOAT_TYPES):
             return "bfloat16"  # quantised: no float type of its own
-        widest_last = ("F32", "BF16", "F16")  # a mixed file is as exact as its bulk, which is the narrow type
-        return next(_FLOAT_TYPES[name] for name in reversed(widest_last) if name in matrix_types)
+        # A mixed file is as exact as its bulk, which is the narrow type.
+        return next(_FLOAT_TYPES[name] for name in ("F16", "BF16", "F32") if name in matrix_types)
 
     def _rope_parameters(self) -> dict[str, Any]:
         if _ROPE_FACTORS in self._file.tensors:
             return {"rope_type": "factors", "factors": self._file.read(_ROPE_FACTORS).tolist()}
-        legacy_factor = float(self._get("rope.scale_linear", 1.0))
-        rope_type = str(self._file.metadata.get(f"{self._architecture}.rope.scaling.type", "none"))
-        factor = float(self._get("rope.scaling.factor", legacy_factor))
-        if rope_type == "none" and legacy_factor != 1.0:
-            rope_type = "linear"
+        old_factor = self._float("rope.scale_linear", 1.0)  # before rope.scaling.* existed
+        rope_type = self._file.metadata.get(
+            f"{self._architecture}.rope.scaling.type", "none" if old_factor == 1.0 else "linear"
+        )
         if rope_type == "none":
             return {"rope_type": "default"}
-        parameters: dict[str, Any] = {"rope_type": rope_type, "factor": factor}
-        if original := self._get("rope.scaling.original_context_length", 0):
-            parameters["original_max_position_embeddings"] = int(original)
+        parameters: dict[str, Any] = {"rope_type": rope_type, "factor": self._float("rope.scaling.factor", old_factor)}
+        if original := self._int("rope.scaling.original_context_length", 0):
+            parameters["original_max_position_embeddings"] = original
         return parameters
 
     # ------------------------------------------------------------------------------------------ what is read
@@ -167,16 +173,26 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.path}: general.architecture is {self._architecture!r}; octavo-checkpoint-gguf reads "
                 f"{', '.join(map(repr, ARCHITECTURES))} (Llama 1, 2 and 3, Mistral, SmolLM and others of that layout)."
             )
-        if int(metadata.get("split.count", 1)) > 1:  # type: ignore[arg-type]
+        if metadata.get("split.count", 1) not in (0, 1):
             raise CheckpointError(
                 f"{self.path}: one of {metadata['split.count']} parts; join them with llama.cpp's "
                 "`llama-gguf-split --merge` and load the result."
             )
-        if num_experts := self._get("expert_count", 0):
+        if num_experts := self._int("expert_count", 0):
             raise CheckpointError(f"{self.path}: a mixture of {num_experts} experts (Mixtral); dense models are read.")
         needed = ("token_embd.weight", "output_norm.weight", "blk.0.attn_q.weight")
         if missing := [name for name in needed if name not in self._file.tensors]:
             raise CheckpointError(f"{self.path}: lacks {', '.join(missing)}; this is not a whole model.")
+        num_heads, num_kv_heads = self._int("attention.head_count"), self._num_kv_heads()
+        if not num_heads or not num_kv_heads or num_heads % num_kv_heads:
+            raise CheckpointError(f"{self.path}: {num_heads} query heads cannot share {num_kv_heads} key-value heads.")
+        self._check_rotary_rows(num_heads, num_kv_heads)
+
+    def _check_rotary_rows(self, num_heads: int, num_kv_heads: int) -> None:
+        for name, info in self._file.tensors.items():
+            heads = num_heads if ".attn_q." in name else num_kv_heads if ".attn_k." in name else None
+            if heads is not None and info.shape[0] % (2 * heads):
+                raise CheckpointError(f"{self.path}: tensor {name} has {info.shape[0]} rows for {heads} heads.")
 
     def _hugging_face_names(self) -> dict[str, str]:
         names, unknown = {}, []

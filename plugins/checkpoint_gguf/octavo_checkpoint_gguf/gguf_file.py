@@ -80,7 +80,7 @@ class GGUFFile:
                 f"{self.path}: tensor {name} is {info.type.name}, which the installed `gguf` library cannot "
                 "dequantise. Upgrade it (`pip install -U gguf`) or convert the file to a common type such as Q8_0."
             ) from error
-        return values.astype(np.float32)  # a copy, also of float32: the file's bytes are read-only
+        return values if values.flags.writeable else values.copy()  # float32 in the file is a read-only view of it
 
 
 def _map(path: str) -> mmap.mmap:
@@ -101,7 +101,7 @@ class _Header:
     def read(self) -> tuple[dict[str, Value], dict[str, TensorInfo]]:
         try:
             return self._read()
-        except (struct.error, UnicodeDecodeError) as error:
+        except (struct.error, UnicodeDecodeError, OverflowError) as error:
             raise CheckpointError(
                 f"the header is cut short or damaged near byte {self.position} of {len(self.data)}; fetch it again."
             ) from error
@@ -139,6 +139,19 @@ class _Header:
             raise struct.error("a string runs past the end")
         return str(self.data[start : self.position], "utf-8")
 
+    def strings(self, length: int) -> list[str]:
+        """`length` times `string()`, written out because a vocabulary and its merges are 400,000 of them."""
+        data, position, size_of = self.data, self.position, struct.Struct("<Q").unpack_from
+        strings = []
+        for _ in range(length):
+            start = position + 8
+            position = start + size_of(data, position)[0]
+            strings.append(data[start:position].decode())
+        self.position = position
+        if position > len(data):
+            raise struct.error("a string runs past the end")
+        return strings
+
     def value(self, kind: int) -> Value:
         if kind == _STRING:
             return self.string()
@@ -148,7 +161,7 @@ class _Header:
             raise CheckpointError(f"metadata of unknown type {kind} near byte {self.position}; the file is damaged.")
         kind, length = self.number("I"), self.number("Q")
         if kind == _STRING:
-            return [self.string() for _ in range(length)]
+            return self.strings(length)
         if kind not in _SCALARS:
             raise CheckpointError(f"a metadata array of unknown type {kind} near byte {self.position}.")
         dtype = np.dtype("<" + _SCALARS[kind])
@@ -174,8 +187,8 @@ class _Header:
                 f"tensor {name} has number format {kind}, unknown to the installed `gguf` library; upgrade it."
             ) from None
         block_size, block_bytes = GGML_QUANT_SIZES[ggml_type]
-        if not shape or shape[-1] % block_size:
-            raise CheckpointError(f"tensor {name} of shape {shape} does not fill blocks of {block_size}.")
+        if not shape or 0 in shape or shape[-1] % block_size:
+            raise CheckpointError(f"tensor {name} of shape {shape} does not fill blocks of {block_size} numbers.")
         num_bytes = math.prod(shape) // block_size * block_bytes
         if first + offset + num_bytes > len(self.data):
             raise CheckpointError(
