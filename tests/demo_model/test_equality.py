@@ -1,0 +1,113 @@
+"""The engine on the real demo model: however it cuts the work into steps, its greedy tokens are transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from margin_rule import Reference, check, generate, next_tokens_of, read_references, token_ids_of
+
+from octavo import LLM
+
+BYTES_PER_BLOCK = 30 * 2 * 16 * 3 * 64 * 4  # layers, keys and values, tokens, KV heads, head_dim, float32
+MAX_MODEL_LEN = 608  # tokens: the longest request of w2s ends at 599
+ROOMY_KV_CACHE = 360 * BYTES_PER_BLOCK  # all of w2s at once takes 246
+SMALL_KV_CACHE = 40 * BYTES_PER_BLOCK  # the longest request and little more
+
+
+def load(**settings: Any) -> LLM:
+    limits = {"max_model_len": MAX_MODEL_LEN, "kv_cache_memory_bytes": ROOMY_KV_CACHE}
+    return LLM("demo", dtype="float32", **limits | settings)
+
+
+@pytest.fixture(scope="module")
+def references() -> list[Reference]:
+    return read_references("w2s")
+
+
+@pytest.fixture(scope="module")
+def beginnings(references: list[Reference]) -> list[Reference]:
+    """Of each at most 96 tokens, without the long tail of steps in which only one or two requests are left."""
+    return [
+        replace(reference, token_ids=reference.token_ids[:96], margins=reference.margins[:96])
+        for reference in references
+    ]
+
+
+@pytest.fixture(scope="module")
+def shared_llm() -> Iterator[LLM]:
+    with load() as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(shared_llm: LLM) -> LLM:
+    """The engine with an empty prefix cache."""
+    assert shared_llm.engine.scheduler.block_pool.reset_prefix_cache()
+    return shared_llm
+
+
+def test_all_at_once_and_again_with_prompts_from_the_prefix_cache(llm: LLM, references: list[Reference]) -> None:
+    first, second = generate(llm, references), generate(llm, references)
+    assert not any(output.num_cached_tokens for output in first)
+    assert all(output.num_cached_tokens for output in second if len(output.prompt_token_ids) > 16)
+    check(references, token_ids_of(first), next_tokens_of(llm))
+    check(references, token_ids_of(second), next_tokens_of(llm))
+
+
+def test_each_alone(llm: LLM, references: list[Reference]) -> None:
+    """Only the six of least output: alone, one token takes nearly as long as one for each of sixteen."""
+    few = sorted(references, key=lambda reference: len(reference.token_ids))[:6]
+    alone = [token_ids for reference in few for token_ids in token_ids_of(generate(llm, [reference]))]
+    check(few, alone, next_tokens_of(llm))
+
+
+def test_without_prefix_cache(beginnings: list[Reference]) -> None:
+    with load(enable_prefix_caching=False) as llm:
+        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [16, 64, 8192])
+def test_whatever_the_token_budget(max_num_batched_tokens: int, beginnings: list[Reference]) -> None:
+    num_prompt_tokens = sum(len(reference.prompt_token_ids) for reference in beginnings)
+    num_step_tokens = list[int]()
+    with load(max_num_batched_tokens=max_num_batched_tokens) as llm:
+        llm.engine.step_listeners.append(lambda step: num_step_tokens.append(step.num_tokens))
+        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+    assert max(num_step_tokens) == min(max_num_batched_tokens, num_prompt_tokens)
+
+
+@pytest.mark.parametrize("max_steps_in_flight", [2, 4])
+def test_with_steps_in_flight(max_steps_in_flight: int, beginnings: list[Reference]) -> None:
+    num_in_flight = list[int]()
+    with load(max_steps_in_flight=max_steps_in_flight) as llm:
+        llm.engine.step_listeners.append(lambda step: num_in_flight.append(llm.engine.scheduler.num_steps_in_flight))
+        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+    assert max(num_in_flight) == max_steps_in_flight
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"enable_prefix_caching": False, "max_num_batched_tokens": 64, "max_steps_in_flight": 4}],
+    ids=["alone", "with all else"],
+)
+def test_with_preemptions(settings: dict[str, Any], beginnings: list[Reference]) -> None:
+    with load(kv_cache_memory_bytes=SMALL_KV_CACHE, **settings) as llm:
+        outputs = generate(llm, beginnings)
+        assert llm.stats().num_preemptions > 0
+        check(beginnings, token_ids_of(outputs), next_tokens_of(llm))
+
+
+def test_with_plain_linears(beginnings: list[Reference], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.builtin.unquantized.can_prepack", lambda dtype: False)
+    with load() as llm:
+        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+
+
+@pytest.mark.full
+def test_sixty_four_requests_at_once() -> None:
+    references = read_references("w2")
+    with LLM("demo", dtype="float32") as llm:
+        check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
