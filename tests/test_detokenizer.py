@@ -51,6 +51,10 @@ texts = st.one_of(
 )
 
 
+def token_id_of(byte: int) -> int:
+    return next(token_id for token_id in range(256) if BYTE_LEVEL.token_bytes(token_id) == bytes([byte]))
+
+
 def chunks(token_ids: Sequence[int], seed: int) -> Iterator[Sequence[int]]:
     """The tokens cut into updates of random sizes, empty ones included."""
     sizes, start = random.Random(seed), 0
@@ -99,9 +103,8 @@ def test_character_is_shown_with_its_last_byte() -> None:
 
 def test_bytes_that_are_no_text_are_not_kept_back_for_ever() -> None:
     detokenizer = start()
-    (never,) = [token_id for token_id in range(256) if BYTE_LEVEL.token_bytes(token_id) == b"\xff"]
     for num_tokens in range(1, 100):
-        detokenizer.update([never])
+        detokenizer.update([token_id_of(0xFF)])
         assert detokenizer.text == "\ufffd" * num_tokens
 
 
@@ -111,15 +114,23 @@ def test_unfinished_character_is_shown_at_the_end() -> None:
     assert detokenizer.update([], finished=True) == "\ufffd"
 
 
-def test_character_that_the_prompt_began_is_shown_whole() -> None:
-    token_ids = BYTE_LEVEL.encode("가나")
-    detokenizer = start(prompt=token_ids[:-2])
-    assert "".join(stream(detokenizer, token_ids[-2:])) == "나"
+@pytest.mark.parametrize("num_bytes", [1, 2, 3])
+def test_character_that_the_prompt_began_is_shown_whole(num_bytes: int) -> None:
+    token_ids = BYTE_LEVEL.encode("가") + [token_id_of(byte) for byte in "👍".encode()]
+    cut = len(token_ids) - num_bytes
+    assert "".join(stream(start(prompt=token_ids[:cut]), token_ids[cut:])) == "👍"
 
 
 def test_character_that_the_prompt_alone_broke_is_not_the_output_s() -> None:
     detokenizer = start(prompt=BYTE_LEVEL.encode("가나")[:-2])
     assert "".join(stream(detokenizer, BYTE_LEVEL.encode("he"))) == "he"
+
+
+@pytest.mark.parametrize(("skip", "expected"), [(True, "나a"), (False, "\ufffd<s>\ufffd\ufffda<s>")])
+def test_special_tokens_are_text_only_when_asked_for(skip: bool, expected: str) -> None:
+    first, *rest = BYTE_LEVEL.encode("나a")
+    token_ids = [first, BYTE_LEVEL.vocab_size - 1, *rest, BYTE_LEVEL.vocab_size - 1]
+    assert "".join(stream(start(SamplingParams(skip_special_tokens=skip)), token_ids)) == expected
 
 
 def test_each_token_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,11 +194,11 @@ def expected_stop(token_ids: Sequence[int], params: SamplingParams) -> tuple[str
     return text, None
 
 
-stop_strings = st.lists(st.text(alphabet="hel wé가", min_size=1, max_size=5), min_size=1, max_size=4)
+stop_strings = st.lists(st.text(alphabet="aé가", min_size=1, max_size=5), min_size=1, max_size=4)
 
 
 @given(
-    st.text(alphabet="hel wé가", max_size=40),
+    st.text(alphabet="aé가", max_size=40),
     stop_strings,
     st.booleans(),
     st.integers(0, 10),
@@ -210,7 +221,7 @@ def test_first_stop_string_is_found_however_the_tokens_are_cut(
     assert detokenizer.text == shown
 
 
-@given(st.text(alphabet="hel wé가", max_size=40), stop_strings)
+@given(st.text(alphabet="aé가", max_size=40), stop_strings)
 @settings(deadline=None)
 def test_what_may_begin_a_stop_string_is_held_and_no_more(text: str, strings: list[str]) -> None:
     detokenizer, whole = start(SamplingParams(stop=strings)), start()
@@ -243,8 +254,14 @@ def test_held_tail_is_shown_at_the_end() -> None:
 
 def test_stop_string_that_overlaps_itself_is_found() -> None:
     detokenizer = start(SamplingParams(stop="aab"))
-    update_by_letter(detokenizer, "aaaab")
-    assert (detokenizer.text, detokenizer.stop_reason) == ("aa", "aab")
+    update_by_letter(detokenizer, "aaab")
+    assert (detokenizer.text, detokenizer.stop_reason) == ("a", "aab")
+
+
+def test_stop_string_may_begin_in_one_that_min_tokens_let_pass() -> None:
+    detokenizer = start(SamplingParams(stop="aba", min_tokens=3))
+    update_by_letter(detokenizer, "ababa")
+    assert (detokenizer.text, detokenizer.stop_reason) == ("ab", "aba")
 
 
 def test_stop_string_that_ends_first_wins_and_of_two_the_longer() -> None:
