@@ -1,0 +1,116 @@
+"""EngineConfig: what can be set, what is said when a setting is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from octavo.config import ComponentConfig, EngineConfig
+from octavo.errors import ConfigError
+
+SETTINGS: dict[str, Any] = {
+    "model": "demo",
+    "tokenizer": None,
+    "revision": None,
+    "device": "auto",
+    "dtype": "auto",
+    "max_model_len": None,
+    "block_size": 16,
+    "kv_cache_memory_bytes": None,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 2048,
+    "enable_prefix_caching": True,
+    "max_steps_in_flight": 1,
+    "seed": 0,
+    "tensor_parallel_size": 1,
+    "attention": "auto",
+    "quantization": "auto",
+    "scheduler": "auto",
+    "executor": "auto",
+}
+"""Every setting and its default. A new one needs a reader, a unit, a default right for most, and a line here."""
+
+
+def faults(**settings: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.create(**settings)
+    return str(caught.value)
+
+
+def test_every_setting_is_listed_here() -> None:
+    config = EngineConfig.create()
+    found = {name: getattr(config, name) for name in EngineConfig.model_fields}
+    assert found == {
+        name: ComponentConfig(name=default) if isinstance(getattr(config, name), ComponentConfig) else default
+        for name, default in SETTINGS.items()
+    }
+
+
+def test_every_setting_is_documented() -> None:
+    documented = EngineConfig.__doc__ or ""
+    assert [name for name in SETTINGS if f"{name}:" not in documented and f"{name}," not in documented] == []
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    message = faults(max_num_seq=4)
+    assert message.startswith("There is no setting 'max_num_seq'. Did you mean 'max_num_seqs'?")
+    assert "max_num_batched_tokens" in message
+
+
+def test_an_unknown_setting_like_no_other_lists_them_all() -> None:
+    message = faults(qqq=4)
+    assert "Did you mean" not in message
+    assert all(name in message for name in SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"block_size": 0},
+        {"block_size": "many"},
+        {"max_model_len": -1},
+        {"max_num_seqs": 1.5},
+        {"device": "tpu"},
+        {"dtype": "float8"},
+        {"attention": 5},
+        {"enable_prefix_caching": "perhaps"},
+        {"model": None},
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_named_with_its_setting(settings: dict[str, Any]) -> None:
+    ((name, value),) = settings.items()
+    assert f"{name}={value!r}: " in faults(**settings)
+
+
+def test_all_faults_are_named_together() -> None:
+    message = faults(block_size=0, device="tpu", nonsense=1)
+    assert all(name in message for name in ("block_size=0", "device='tpu'", "'nonsense'"))
+
+
+def test_several_devices_are_refused_with_a_sentence() -> None:
+    assert faults(tensor_parallel_size=2) == (
+        "tensor_parallel_size=2 was asked for, but this version runs a model on one device only. "
+        "Set tensor_parallel_size=1."
+    )
+
+
+@pytest.mark.parametrize("kind", ["attention", "quantization", "scheduler", "executor"])
+def test_a_name_is_short_for_a_component_without_options(kind: str) -> None:
+    short, long = EngineConfig.create(**{kind: "torch"}), EngineConfig.create(**{kind: {"name": "torch"}})
+    assert short == long
+    assert getattr(short, kind).options == {}
+    assert getattr(EngineConfig.create(**{kind: None}), kind).name == "auto"
+
+
+def test_a_component_takes_options_of_its_own() -> None:
+    config = EngineConfig.create(attention={"name": "triton", "num_kv_splits": 8})
+    assert (config.attention.name, config.attention.options) == ("triton", {"num_kv_splits": 8})
+
+
+def test_a_config_does_not_change() -> None:
+    config = EngineConfig.create()
+    with pytest.raises(ValidationError):
+        config.block_size = 32
