@@ -21,27 +21,26 @@ def num_kv_blocks(
     num_layers: int,
     *,
     kv_cache_memory_bytes: int | None,
-    max_useful_tokens: int,
+    max_useful_blocks: int,
     min_tokens: int,
     block_size: int,
     device: str,
 ) -> int:
-    """Blocks that the memory allows, but no more than `max_useful_tokens` need.
+    """Blocks that the memory allows, but no more than `max_useful_blocks`.
 
     Raises:
         ConfigError: not even `min_tokens` fit; the message has the numbers.
     """
     bytes_per_block = layout.bytes_per_block * num_layers
     budget = kv_cache_memory_bytes or _free_bytes(device)
-    useful = -(-max_useful_tokens // block_size)
-    num_blocks = min(budget // bytes_per_block, useful)
+    num_blocks = min(budget // bytes_per_block, max_useful_blocks)
     needed = -(-min_tokens // block_size)
     if num_blocks < needed:
+        shorter = f" or lower max_model_len to at most {num_blocks * block_size}" if num_blocks else ""
         raise ConfigError(
             f"The KV cache gets {budget:,} bytes, which is {num_blocks} blocks of {block_size} tokens "
             f"({bytes_per_block:,} bytes each), but one request of {min_tokens} tokens needs {needed}. Raise "
-            f"kv_cache_memory_bytes to at least {needed * bytes_per_block:,} or lower max_model_len to at most "
-            f"{num_blocks * block_size}."
+            f"kv_cache_memory_bytes to at least {needed * bytes_per_block:,}{shorter}."
         )
     return num_blocks
 

@@ -50,7 +50,7 @@ class Worker:
                 layout,
                 config.num_layers,
                 kv_cache_memory_bytes=engine.kv_cache_memory_bytes,
-                max_useful_tokens=engine.max_num_seqs * manifest.max_model_len,
+                max_useful_blocks=engine.max_num_seqs * -(-manifest.max_model_len // engine.block_size),
                 min_tokens=1 if engine.max_model_len is None else engine.max_model_len,
                 block_size=engine.block_size,
                 device=manifest.device,
