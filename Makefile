@@ -37,7 +37,7 @@ wheels: .venv/installed ## build wheels of the core and of each plugin into dist
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist \
 		. $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
 
-bench: .venv/installed ## measure this machine's CPU
+bench: .venv/installed-test ## measure this machine's CPU
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 loc: ## lines of Python in each package
