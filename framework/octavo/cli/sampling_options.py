@@ -1,4 +1,4 @@
-"""SamplingParams as command-line options."""
+"""SamplingParams as command-line options. `--seed` is the engine's, which gives every request its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1.0, all tokens")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="default 0, all tokens")
-    group.add_argument("--seed", dest="sampling_seed", type=int, metavar="SEED", help="makes the draw repeatable")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be given again")
 
 
@@ -25,6 +24,5 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
-        seed=args.sampling_seed,
         stop=args.stop,
     )
