@@ -26,46 +26,46 @@ class ComponentConfig(BaseModel):
 
 
 class EngineConfig(BaseModel):
-    """How to build an engine. Fields that vLLM users know keep vLLM's name.
+    """How to build an engine. Fields that vLLM users know keep vLLM's name; each field's own line is its help text."""
 
-    Attributes:
-        model: a Hugging Face id, a folder, a GGUF file, or "demo" for the demo model.
-        tokenizer: where to take the tokenizer from when it is not the model.
-        revision: branch, tag or commit of a Hugging Face id.
-        device: "auto" takes CUDA when there is one.
-        dtype: of activations and plain weights; "auto" takes the checkpoint's where the device is fast in it.
-        max_model_len: tokens, prompt and output; None takes the model's.
-        block_size: tokens in a KV block.
-        kv_cache_memory_bytes: bytes for the KV cache; None sizes it from the memory that is free.
-        max_num_seqs: requests in one step.
-        max_num_batched_tokens: tokens in one step.
-        enable_prefix_caching: share blocks of equal prefixes.
-        max_steps_in_flight: steps submitted before the first is collected.
-        seed: of the seeds given to requests that bring none.
-        tensor_parallel_size: devices that share each layer.
-        attention, quantization, scheduler, executor: component and options; "auto" takes the best that can serve.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = "demo"
+    """a Hugging Face id, a folder, a GGUF file, or "demo" for the demo model"""
     tokenizer: str | None = None
+    """where the tokenizer comes from when it is not the model"""
     revision: str | None = None
+    """branch, tag or commit of a Hugging Face id"""
     device: Device = "auto"
+    """cpu, cuda, or auto: CUDA when there is one"""
     dtype: Dtype = "auto"
+    """of activations and plain weights: float32, bfloat16, float16, or auto: the checkpoint's if fast on the device"""
     max_model_len: int | None = Field(default=None, ge=1)
+    """tokens of one request, prompt and output; without it the model's own limit"""
     block_size: int = Field(default=16, ge=1)
+    """tokens in a KV block"""
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    """bytes for the KV cache; without it, sized from the memory that is free"""
     max_num_seqs: int = Field(default=256, ge=1)
+    """requests in one step, at most"""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
+    """tokens in one step, at most; longer prompts are computed in chunks"""
     enable_prefix_caching: bool = True
+    """share the KV blocks of equal prefixes"""
     max_steps_in_flight: int = Field(default=1, ge=1)
+    """steps submitted before the first is collected"""
     seed: int = 0
+    """makes requests that bring no seed repeatable"""
     tensor_parallel_size: int = Field(default=1, ge=1)
+    """devices that share each layer"""
     attention: ComponentConfig = ComponentConfig()
+    """attention backend by name; auto takes the best that can serve"""
     quantization: ComponentConfig = ComponentConfig()
+    """quantization method by name; auto takes the one that reads the checkpoint"""
     scheduler: ComponentConfig = ComponentConfig()
+    """scheduler policy by name"""
     executor: ComponentConfig = ComponentConfig()
+    """executor by name"""
 
     @classmethod
     def create(cls, **settings: Any) -> EngineConfig:

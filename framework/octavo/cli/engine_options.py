@@ -13,13 +13,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     for name, field in EngineConfig.model_fields.items():
         option = f"--{name.replace('_', '-')}"
-        if field.annotation is bool:
-            group.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
-            continue
         default = field.get_default(call_default_factory=True)
         shown = default.name if isinstance(default, ComponentConfig) else default
-        text = "" if shown is None else f"default {shown}"
-        group.add_argument(option, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+        text = field.description if shown is None else f"{field.description} (default {shown})"
+        if field.annotation is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(option, default=argparse.SUPPRESS, metavar="VALUE", help=text)
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
