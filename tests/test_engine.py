@@ -152,6 +152,19 @@ def test_a_failure_in_a_step_ends_the_engine_with_its_cause(fails_at: str) -> No
         assert caught.value.__cause__ is cause
 
 
+def test_a_step_that_is_interrupted_ends_the_engine_too() -> None:
+    def interrupt(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    running = engine(Recorder())
+    running.add(request())
+    running.step_listeners.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        running.step()
+    with pytest.raises(EngineDeadError, match="takes no more requests: KeyboardInterrupt"):
+        running.step()
+
+
 def test_stopping_frees_the_executor_and_ends_the_engine() -> None:
     executor = Recorder()
     running = engine(executor)

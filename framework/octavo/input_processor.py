@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TypedDict
 
 from octavo.errors import RequestError
@@ -36,6 +37,7 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._config = config
         self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(filter(self._is_token, config.eos_token_ids))
         self._seeds = random.Random(seed)
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -49,7 +51,8 @@ class InputProcessor:
             content = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if isinstance(content, str):
             return content, self._tokenizer.encode(content)
-        if isinstance(content, Sequence) and all(isinstance(token_id, int) for token_id in content):
+        is_bytes = isinstance(content, (bytes, bytearray, memoryview))  # sequences of integers, but never tokens
+        if isinstance(content, Sequence) and not is_bytes and all(isinstance(token_id, int) for token_id in content):
             return None, list(content)
         found = f"keys {sorted(prompt)}" if isinstance(prompt, Mapping) else type(prompt).__name__
         raise RequestError(
@@ -62,9 +65,10 @@ class InputProcessor:
         """One request for each of the `n` completions, ids "<request_id>" or "<request_id>/<index>".
 
         Raises:
-            RequestError: no tokens, ids outside the vocabulary, or no room for one output token.
+            RequestError: no tokens, ids outside the vocabulary, no room for one output token, or `params` is none.
         """
         self._check(prompt_token_ids)
+        self._check_params(params)
         seed = params.seed if params.seed is not None else self._seeds.randrange(MAX_SEED)
         room = self._max_model_len - len(prompt_token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -76,7 +80,7 @@ class InputProcessor:
                 seed=seed,
                 sample_index=index,
                 stop_token_ids=frozenset(params.stop_token_ids or ()),
-                eos_token_ids=frozenset() if params.ignore_eos else self._config.eos_token_ids,
+                eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
                 max_total_tokens=len(prompt_token_ids) + max_tokens,
                 arrival_time=time.monotonic(),
                 priority=priority,
@@ -94,6 +98,15 @@ class InputProcessor:
                 f"The prompt has {len(prompt_token_ids)} tokens; max_model_len is {self._max_model_len} and one output "
                 "token needs room too. Shorten the prompt or raise max_model_len."
             )
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"Sampling parameters are given as SamplingParams(...); found {type(params).__name__}.")
+        if wrong := [token_id for token_id in params.stop_token_ids or () if not self._is_token(token_id)]:
+            raise RequestError(f"stop_token_ids must be in [0, {self._config.vocab_size}); found {wrong[:5]}.")
+
+    def _is_token(self, token_id: object) -> bool:
+        return isinstance(token_id, Integral) and 0 <= int(token_id) < self._config.vocab_size
 
 
 def child_id(request_id: str, index: int, n: int) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any
 
 from octavo.assemble import assemble
@@ -69,18 +72,22 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, each a list of {"role", "content"}, through the model's template."""
-        prompts = [
-            self._chat_prompt(conversation, add_generation_prompt) for conversation in _as_conversations(messages)
-        ]
+        is_one = any(isinstance(message, Mapping) for message in messages)
+        conversations: Sequence[Any] = [messages] if is_one else messages
+        prompts = [self._chat_prompt(conversation, add_generation_prompt) for conversation in conversations]
         return self.generate(prompts, sampling_params)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding its growing output after each step that changed it.
+        """Complete one prompt, yielding its growing output after each step that changed it; the last is finished.
 
-        Leaving the loop early aborts the request.
+        Leaving the loop early aborts the request. Other prompts may be run meanwhile: they share the steps.
         """
         outputs = self._add([prompt], _for_each(sampling_params, 1))
+        shown = _progress(outputs[0])
         for _ in self._run(outputs):
+            if shown != (shown := _progress(outputs[0])):
+                yield outputs[0]
+        if shown != _progress(outputs[0]):  # it ended in a step that was made for another prompt
             yield outputs[0]
 
     def stream_chat(
@@ -115,6 +122,11 @@ class LLM:
         self.shutdown()
 
     def _chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool) -> Prompt:
+        if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+            raise RequestError(
+                'A conversation is a list of messages, each {"role": ..., "content": ...}; found '
+                f"{str(messages)[:100]!r}."
+            )
         token_ids = self._assembly.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
         return {"prompt_token_ids": token_ids}
 
@@ -133,7 +145,7 @@ class LLM:
                 outputs.append(self._assembly.outputs.add(request_id, text, token_ids, each, requests[0].arrival_time))
                 for request in requests:
                     self.engine.add(request)
-        except Exception:
+        except BaseException:
             self._abort(outputs)
             raise
         return outputs
@@ -142,9 +154,10 @@ class LLM:
         """Step until all of `outputs` are finished, pausing after each step; abort them if the loop is left."""
         try:
             while not all(output.finished for output in outputs):
-                processed = self._assembly.outputs.process(self.engine.step(), time.monotonic())
-                for request_id in processed.to_stop:
-                    self.engine.abort(request_id, "stop")
+                with _interrupts_held():
+                    processed = self._assembly.outputs.process(self.engine.step(), time.monotonic())
+                    for request_id in processed.to_stop:
+                        self.engine.abort(request_id, "stop")
                 if processed.changed:
                     yield
         finally:
@@ -156,24 +169,46 @@ class LLM:
                 self.engine.abort(request_id)
 
 
-def _as_conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Iterator[Sequence[Message]]:
-    """One conversation or several, as several."""
-    several = [message for message in messages if not isinstance(message, Mapping)]
-    if len(several) == len(messages):
-        yield from several
-    else:
-        yield [message for message in messages if isinstance(message, Mapping)]
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C inside takes effect at the end: a step cut short leaves an engine that cannot go on. A second one cuts."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    pressed = False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def _progress(output: RequestOutput) -> tuple[int, bool]:
+    return sum(len(completion.token_ids) for completion in output.outputs), output.finished
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
+    """Several prompts as they are, one as a list of one; so is whatever can be neither, for `tokenize` to refuse."""
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 
 def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+    if not isinstance(params, Sequence):
+        return [SamplingParams() if params is None else params] * num_prompts
     if len(params) != num_prompts:
         raise RequestError(f"{num_prompts} prompts came with {len(params)} SamplingParams; give one, or one for each.")
     return list(params)

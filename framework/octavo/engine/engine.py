@@ -84,6 +84,9 @@ class Engine:
         except Exception as error:
             self.fail(error)
             raise EngineDeadError(f"The engine stopped in a step: {type(error).__name__}: {error}") from error
+        except BaseException as error:  # cut short: scheduler and executor may be at odds
+            self.fail(error)
+            raise
         finally:
             self._busy_seconds += time.monotonic() - start
 
@@ -120,7 +123,8 @@ class Engine:
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise EngineDeadError(f"The engine takes no more requests: {self._failure}") from self._failure
+            reason = str(self._failure) or type(self._failure).__name__
+            raise EngineDeadError(f"The engine takes no more requests: {reason}") from self._failure
 
 
 def _output(request: Request, new_token_ids: list[int]) -> EngineOutput:
