@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ from octavo.tokenizer import Tokenizer
 _Answer = RequestOutput | BaseException
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Stream:
     """Where a prompt's outputs go: a queue of the event loop that asked."""
 
@@ -32,7 +33,7 @@ class _Stream:
     answers: asyncio.Queue[_Answer]
 
     def put(self, answer: _Answer) -> None:
-        if not self.loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self.loop.call_soon_threadsafe(self.answers.put_nowait, answer)
 
 
@@ -50,6 +51,7 @@ class AsyncLLM:
         self._open: dict[str, tuple[RequestOutput, _Stream]] = {}
         self._failure: BaseException | None = None
         self._stopping = False
+        self._ended = threading.Event()
         self._request_ids = itertools.count()
         self._thread = threading.Thread(target=self._serve, name="octavo-engine", daemon=True)
         self._thread.start()
@@ -81,7 +83,7 @@ class AsyncLLM:
                 yield answer
         finally:
             if not ended:
-                self._commands.put(lambda: self._abort(name))
+                self._commands.put(lambda: self._abort(name, stream))
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream yields a last output with finish_reason "abort". Unknown ids are no error."""
@@ -110,9 +112,9 @@ class AsyncLLM:
         self.shutdown()
 
     def _command(self, command: Callable[[], None]) -> None:
-        if not self._thread.is_alive():
-            raise _dead(self._failure)
         self._commands.put(command)
+        if self._ended.is_set():  # asked after `put`: a command put before that is still taken
+            raise _dead(self._failure)
 
     # ------------------------------------------------------------------------------------- the engine's thread
 
@@ -125,13 +127,17 @@ class AsyncLLM:
                 if not self._stopping:
                     self._step()
             self._failure = RuntimeError("it was shut down")
-        except Exception as error:
+        except BaseException as error:
             self._failure = error
         finally:
-            self._assembly.engine.stop()
+            self._ended.set()
+            while not self._commands.empty():
+                with suppress(Exception):  # the engine may be in any state; who is still waiting is told below
+                    self._commands.get()()
             for _, stream in self._open.values():
                 stream.put(_dead(self._failure))
             self._open.clear()
+            self._assembly.engine.stop()
 
     def _step(self) -> None:
         processed = self._assembly.outputs.process(self._assembly.engine.step(), time.monotonic())
@@ -143,24 +149,24 @@ class AsyncLLM:
     def _add(
         self, request_id: str, text: str | None, token_ids: list[int], params: SamplingParams, stream: _Stream
     ) -> None:
-        if request_id in self._open:
-            stream.put(RequestError(f"Request id {request_id!r} is in use; ids must be unique while they run."))
-            return
         output = None
         try:
+            if request_id in self._open:
+                raise RequestError(f"Request id {request_id!r} is in use; ids must be unique while they run.")
             requests = self._assembly.inputs.requests(request_id, token_ids, params)
             output = self._assembly.outputs.add(request_id, text, token_ids, params, requests[0].arrival_time)
             for request in requests:
                 self._assembly.engine.add(request)
-        except RequestError as error:
+        except Exception as error:  # whatever it is, it is this request's
             self._end(output)
             stream.put(error)
         else:
             self._open[request_id] = (output, stream)
 
-    def _abort(self, request_id: str) -> None:
-        if request_id in self._open:
-            output, _ = self._open[request_id]
+    def _abort(self, request_id: str, of_stream: _Stream | None = None) -> None:
+        """End a request; with `of_stream` only while it is still that stream's, for an id may be used again."""
+        output, stream = self._open.get(request_id, (None, None))
+        if output is not None and of_stream in (None, stream):
             self._end(output)
             self._publish(output)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from octavo.detokenizer import IncrementalDetokenizer
 from octavo.engine.engine import EngineOutput
+from octavo.errors import RequestError
 from octavo.input_processor import child_id
 from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -51,7 +52,14 @@ class OutputProcessor:
         params: SamplingParams,
         arrival_time: float,
     ) -> RequestOutput:
-        """Start the output of a prompt."""
+        """Start the output of a prompt.
+
+        Raises:
+            RequestError: the id, or that of one of its completions, is in use.
+        """
+        request_ids = [child_id(request_id, index, params.n) for index in range(params.n)]
+        if taken := [each for each in request_ids if each in self._completions]:
+            raise RequestError(f"Request id {taken[0]!r} is in use; ids must be unique while they run.")
         output = RequestOutput(
             request_id=request_id,
             prompt=prompt,
@@ -60,16 +68,17 @@ class OutputProcessor:
             finished=False,
             metrics=RequestMetrics(arrival_time=arrival_time),
         )
-        for completion in output.outputs:
-            detokenizer = (
-                IncrementalDetokenizer(self._tokenizer, prompt_token_ids, params) if params.detokenize else None
-            )
-            self._completions[child_id(request_id, completion.index, params.n)] = _Completion(
+        self._completions |= {
+            request_id: _Completion(
                 completion=completion,
-                detokenizer=detokenizer,
+                detokenizer=(
+                    IncrementalDetokenizer(self._tokenizer, prompt_token_ids, params) if params.detokenize else None
+                ),
                 output=output,
                 include_stop=params.include_stop_str_in_output,
             )
+            for request_id, completion in zip(request_ids, output.outputs, strict=True)
+        }
         return output
 
     def process(self, engine_outputs: Iterable[EngineOutput], now: float) -> ProcessedOutputs:
