@@ -69,7 +69,7 @@ def test_every_broken_request_is_named() -> None:
         check([REFERENCE, other], [[1, 2, 3, 4, 9], [9]], next_tokens)
 
 
-@pytest.mark.parametrize("workload", ["w2s"])
+@pytest.mark.parametrize("workload", ["w2s", "w2"])
 def test_recorded_references_have_a_token_and_a_margin_for_each_step_asked_for(workload: str) -> None:
     requests = json.loads((WORKLOADS / f"{workload}.json").read_text())["requests"]
     for request, reference in zip(requests, read_references(workload), strict=True):

@@ -29,9 +29,9 @@ def references() -> list[Reference]:
 
 @pytest.fixture(scope="module")
 def beginnings(references: list[Reference]) -> list[Reference]:
-    """Of each at most 96 tokens, without the long tail of steps in which only one or two requests are left."""
+    """Of each at most 64 tokens, without the long tail of steps in which only one or two requests are left."""
     return [
-        replace(reference, token_ids=reference.token_ids[:96], margins=reference.margins[:96])
+        replace(reference, token_ids=reference.token_ids[:64], margins=reference.margins[:64])
         for reference in references
     ]
 
