@@ -224,6 +224,7 @@ async def test_shutdown_ends_open_streams_and_refuses_new_ones(llm: AsyncLLM) ->
     await until(lambda: llm.num_unfinished == len(PROMPTS))
     llm.shutdown()
     llm.shutdown()
+    assert llm.num_unfinished == 0
     for answer in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(answer, EngineDeadError)
         assert "it was shut down" in str(answer)

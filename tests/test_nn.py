@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -98,21 +100,27 @@ def test_a_method_that_cannot_stack_gets_its_linears_one_by_one() -> None:
 
 def test_a_linear_is_prepared_with_its_last_tensor_and_keeps_none_of_the_checkpoints() -> None:
     prepared: list[Any] = []
+    sources: list[weakref.ref[Tensor]] = []
 
     class Watched(ScaledMethod):
         def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
             prepared.append((shape, [sorted(part) for part in parts]))
+            sources.extend(weakref.ref(tensor) for part in parts for tensor in part.values())
             return super().prepare(shape, parts)
 
     loader = WeightLoader()
     linear = Linear(Watched({}, torch.float32, "cpu"), loader, ["down"], 3, [2], bias=True)
+    loader.expect("other", (1,), torch.float32, lambda tensor: None)
 
-    def tensors() -> Any:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         yield "down.bias", torch.ones(2)
         yield "down.scale", torch.ones(2, 1)
         assert not prepared
         yield "down.qweight", torch.zeros(2, 3, dtype=torch.int8)
         assert prepared == [(LinearShape(in_features=3, out_features=2), [["qweight", "scale"]])]
+        yield "other", torch.ones(1)
+        gc.collect()
+        assert [source() for source in sources] == [None, None]
 
     loader.load(tensors())
     assert linear(torch.ones(1, 3)).tolist() == [[1.0, 1.0]]

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from octavo.runner import sampler
 from octavo.runner.batch import SamplingInputs
 from octavo.runner.sampler import gumbel_noise, sample
 
@@ -102,6 +103,12 @@ def test_each_row_has_its_own_top_k_and_top_p() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).repeat(4000, 1)
     drawn = sample(logits, inputs(4000, top_k=[0, 2, 0, 3] * 1000, top_p=[1.0, 1.0, 0.7, 0.5] * 1000, seed=range(4000)))
     assert [set(drawn[row::4].tolist()) for row in range(4)] == [{0, 1, 2, 3}, {0, 1}, {0, 1}, {0}]
+
+
+def test_a_row_without_top_p_keeps_its_least_probable_token_beside_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.tensor([0.0, -30.0, -40.0]).repeat(2, 1)  # in float32 the first has all the probability
+    monkeypatch.setattr(sampler, "gumbel_noise", lambda inputs, vocab_size: torch.tensor([0.0, 0.0, 1e6]))
+    assert sample(rows, inputs(2, top_p=[1.0, 0.9])).tolist() == [2, 0]
 
 
 def test_banned_tokens_are_never_drawn_and_only_in_their_rows() -> None:

@@ -31,32 +31,32 @@ class WeightLoader:
         self._expected.setdefault(name, []).append((shape, dtype, receive))
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], ignored: Sequence[str] = ()) -> None:
-        """Deliver every tensor but those whose name matches a pattern of `ignored`.
+        """Deliver every tensor but those whose name matches a pattern of `ignored`, and let go of who received it.
 
         Raises:
             CheckpointError: tensors are missing, unexpected or of another shape; all are named together.
         """
-        missing = dict.fromkeys(self._expected)
         unexpected: list[str] = []
         misshapen: list[str] = []
         for name, tensor in tensors:
-            if name not in self._expected:
+            receivers = self._expected.pop(name, None)
+            if receivers is None:
                 if not any(fnmatchcase(name, pattern) for pattern in ignored):
                     unexpected.append(name)
                 continue
-            missing.pop(name, None)
-            for shape, dtype, receive in self._expected[name]:
+            for shape, dtype, receive in receivers:
                 if tuple(tensor.shape) != shape:
                     misshapen.append(f"{name} is {list(tensor.shape)}, the configuration makes it {list(shape)}")
                     continue
                 kept = tensor.to(dtype)
                 self.num_bytes += kept.nbytes
                 receive(kept)
+        missing = list(self._expected)
         if missing or unexpected or misshapen:
             faults = [
                 f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{' ...' if len(names) > _MOST_NAMED else ''}"
                 for what, names in (
-                    ("tensors are missing", list(missing)),
+                    ("tensors are missing", missing),
                     ("tensors have no place in this model", unexpected),
                     ("tensors have the wrong shape", misshapen),
                 )
