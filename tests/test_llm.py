@@ -1,11 +1,8 @@
-"""LLM: prompts in, finished outputs back, and an engine that stands ready again whatever a user did."""
+"""LLM: prompts in, finished outputs back; what is sampled, what ends an output, what is refused."""
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +10,7 @@ import pytest
 from tiny_model import ASSISTANT, BOS, EOS, MAX_POSITIONS, USER, VOCAB_SIZE, token_ids_of, write_tiny_llama
 
 from octavo import LLM, RequestOutput, SamplingParams
-from octavo.errors import ConfigError, EngineDeadError, RequestError
-from octavo.interfaces import Step
+from octavo.errors import ConfigError, RequestError
 
 PROMPT = "hello world"
 BLOCK_SIZE = 8
@@ -335,65 +331,6 @@ def test_settings_that_the_model_cannot_serve_are_refused(make_llm: MakeLLM) -> 
         make_llm(max_model_len=100, kv_cache_memory_bytes=30_000)
 
 
-# --------------------------------------------------------------------------------------------------- streaming
-
-
-def test_a_stream_grows_to_what_generate_gives(llm: LLM, answer: RequestOutput) -> None:
-    texts = [output.outputs[0].text for output in llm.stream(PROMPT, greedy())]
-    assert len(texts) == 12
-    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
-    assert texts[-1] == answer.outputs[0].text[:12]
-
-
-def test_leaving_a_stream_aborts_its_request(llm: LLM) -> None:
-    for output in llm.stream(PROMPT, greedy(40, n=2)):
-        if len(token_ids(output)) == 3:
-            break
-    assert is_idle(llm)
-    assert [completion.finish_reason for completion in output.outputs] == ["abort", "abort"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_an_exception_while_streaming_leaves_the_engine_ready(
-    llm: LLM, answer: RequestOutput, error: type[BaseException]
-) -> None:
-    def read() -> None:
-        for _ in llm.stream(PROMPT, greedy(40)):
-            raise error
-
-    with pytest.raises(error):
-        read()
-    assert is_idle(llm)
-    assert token_ids(llm.generate(PROMPT, greedy())[0]) == token_ids(answer)[:12]
-
-
-def test_streams_read_in_turns_each_get_all_of_their_own(llm: LLM) -> None:
-    prompts, params = ["abc", "xyz"], [greedy(5), greedy(9)]
-    wanted = [output.outputs[0].text for output in llm.generate(prompts, params)]
-    streams = [llm.stream(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-    last, num_yields = ["", ""], [0, 0]
-    open_streams = [0, 1]
-    while open_streams:
-        for index in list(open_streams):
-            output = next(streams[index], None)
-            if output is None:
-                open_streams.remove(index)
-                assert last[index] == wanted[index]
-            else:
-                last[index] = output.outputs[0].text
-                num_yields[index] += 1
-    assert num_yields[0] <= 5
-    assert num_yields[1] <= 9
-
-
-def test_a_stream_that_ends_while_generate_runs_still_shows_its_end(llm: LLM, answer: RequestOutput) -> None:
-    stream = llm.stream(PROMPT, greedy(5))
-    shown = [next(stream).outputs[0].text]
-    llm.generate("another", greedy(30))
-    shown += [output.outputs[0].text for output in stream]
-    assert shown[-1] == answer.outputs[0].text[:5]
-
-
 # -------------------------------------------------------------------------------------------------------- chat
 
 
@@ -420,77 +357,6 @@ def test_several_conversations_are_answered_in_order(llm: LLM) -> None:
 def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
     with pytest.raises(RequestError):
         llm.chat(messages)
-
-
-# ---------------------------------------------------------------------------------------- interrupts and the end
-
-
-def test_ctrl_c_inside_a_step_waits_for_its_end_and_leaves_the_engine_ready(llm: LLM, answer: RequestOutput) -> None:
-    def press(step: Step) -> None:
-        if len(pressed) < 1:
-            pressed.append(step.step_id)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    pressed: list[int] = []
-    llm.engine.step_listeners.append(press)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate([PROMPT, "abc"], greedy(40))
-    finally:
-        llm.engine.step_listeners.remove(press)
-    assert is_idle(llm)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert token_ids(llm.generate(PROMPT, greedy())[0]) == token_ids(answer)[:12]
-
-
-def test_the_second_ctrl_c_cuts_a_step_short_and_the_engine_says_so(make_llm: MakeLLM) -> None:
-    def press_twice(step: Step) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    llm = make_llm()
-    llm.engine.step_listeners.append(press_twice)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(PROMPT)
-    with pytest.raises(EngineDeadError) as caught:
-        llm.generate(PROMPT)
-    assert isinstance(caught.value.__cause__, KeyboardInterrupt)
-
-
-def test_a_handler_of_the_users_own_is_left_alone(llm: LLM) -> None:
-    def press(step: Step) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    llm.engine.step_listeners.append(press)
-    try:
-        llm.generate(PROMPT, greedy(3))
-    finally:
-        llm.engine.step_listeners.remove(press)
-        signal.signal(signal.SIGINT, before)
-    assert pressed == [signal.SIGINT] * 3
-
-
-def test_a_failing_step_ends_the_engine_with_its_cause(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(step: Step) -> None:
-        raise ZeroDivisionError("of all things")
-
-    llm = make_llm()
-    llm.generate(PROMPT, greedy())
-    llm.engine.step_listeners.append(fail)
-    for _ in range(2):
-        with pytest.raises(EngineDeadError, match="of all things") as caught:
-            llm.generate([PROMPT, "abc"])
-        assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
-def test_after_shutdown_the_engine_takes_no_prompts(make_llm: MakeLLM) -> None:
-    with make_llm() as llm:
-        llm.generate(PROMPT, greedy())
-    llm.shutdown()
-    with pytest.raises(EngineDeadError, match="it was shut down"):
-        llm.generate(PROMPT)
 
 
 def test_the_manifest_names_what_was_chosen(llm: LLM, folder: Path) -> None:
