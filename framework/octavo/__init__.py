@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from octavo._lazy import lazy_getattr
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from octavo.sampling_params import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
+
+# How long torch's OpenMP threads spin for each other before they sleep; read when torch is imported. The default, some
+# milliseconds, stalls every operator while other programs run (docs/decisions/0004-threads-spin-briefly.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 _MODULES = {
     "async_llm": ("AsyncLLM",),
