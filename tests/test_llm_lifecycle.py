@@ -51,6 +51,13 @@ def answer(folder: Path) -> RequestOutput:
         return llm.generate(PROMPT, greedy())[0]
 
 
+def test_nothing_is_left_in_flight_when_the_answers_are_there(folder: Path) -> None:
+    with LLM(str(folder), max_steps_in_flight=2, **SETTINGS) as llm:
+        first = tokens(llm.generate(PROMPT, greedy())[0])[0]
+        llm.generate(PROMPT, greedy(stop_token_ids=[first]))  # known to be the end when the next step is on its way
+        assert is_idle(llm)
+
+
 # --------------------------------------------------------------------------------------------------- streaming
 
 

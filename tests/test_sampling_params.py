@@ -96,3 +96,11 @@ def test_only_temperature_0_is_greedy() -> None:
 def test_params_do_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         SamplingParams().n = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": "hot"}, {"max_tokens": 2.5}, {"n": True}, {"stop": 5}, {"stop": ["a", 1]}, {"seed": "7"}]
+)
+def test_a_value_of_another_type_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        SamplingParams(**wrong)

@@ -56,24 +56,28 @@ def assemble(config: EngineConfig) -> Assembly:
     policy: SchedulerPolicy = load_target(manifest.components["scheduler"].target)()
     failures: list[BaseException] = []
     report = executor.start(manifest, failures.append)
-    max_model_len = _served_model_len(config, manifest, report)
-    pool = BlockPool(report.num_blocks, config.block_size, config.enable_prefix_caching)
-    scheduler = Scheduler(
-        policy=policy,
-        block_pool=pool,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-    )
+    try:
+        max_model_len = _served_model_len(config, manifest, report)
+        scheduler = Scheduler(
+            policy=policy,
+            block_pool=BlockPool(report.num_blocks, config.block_size, config.enable_prefix_caching),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        assembly = Assembly(
+            engine=Engine(scheduler, executor, config.max_steps_in_flight, failures),
+            tokenizer=tokenizer,
+            inputs=InputProcessor(tokenizer, model_config, max_model_len, config.seed),
+            outputs=OutputProcessor(tokenizer),
+            model_config=model_config,
+            manifest=manifest,
+            report=report,
+        )
+    except BaseException:
+        executor.stop()
+        raise
     _log_start(manifest, report, time.monotonic() - start)
-    return Assembly(
-        engine=Engine(scheduler, executor, config.max_steps_in_flight),
-        tokenizer=tokenizer,
-        inputs=InputProcessor(tokenizer, model_config, max_model_len, config.seed),
-        outputs=OutputProcessor(tokenizer),
-        model_config=model_config,
-        manifest=manifest,
-        report=report,
-    )
+    return assembly
 
 
 def choose(

@@ -162,6 +162,8 @@ class LLM:
                     yield
         finally:
             self._abort(outputs)
+        while self.engine.is_draining:
+            self.engine.step()
 
     def _abort(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from octavo.errors import RequestError
 
@@ -48,7 +49,7 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        faults = list(_faults(self))
+        faults = _type_faults(self) or _faults(self)
         if faults:
             raise RequestError("SamplingParams: " + "; ".join(faults))
         object.__setattr__(self, "stop", _strings(self.stop))
@@ -67,6 +68,23 @@ def _strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _type_faults(params: SamplingParams) -> list[str]:
+    """Numbers given as something else; a bool is no number, an integer is a float."""
+    faults = []
+    for name in ("n", "top_k", "seed", "max_tokens", "min_tokens"):
+        value = getattr(params, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            faults.append(f"{name} must be an integer, got {value!r}")
+    for name in ("temperature", "top_p"):
+        value = getattr(params, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            faults.append(f"{name} must be a number, got {value!r}")
+    stop = params.stop
+    if not (stop is None or isinstance(stop, Sequence)) or any(not isinstance(string, str) for string in stop or ()):
+        faults.append(f"stop must be a text or several, got {stop!r}")
+    return faults
 
 
 def _faults(params: SamplingParams) -> list[str]:

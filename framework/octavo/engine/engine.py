@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.scheduler import RequestUpdate, Scheduler
 from octavo.engine.stats import EngineStats
 from octavo.errors import EngineDeadError
 from octavo.interfaces.executor import Executor, Step
@@ -44,16 +45,28 @@ class Engine:
         step_listeners: called with every step as it is submitted.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, max_steps_in_flight: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        max_steps_in_flight: int,
+        failures: list[BaseException] | None = None,
+    ) -> None:
+        """`failures` is where the executor reports, at any time, that it cannot go on."""
         self.scheduler = scheduler
         self._executor = executor
         self._max_steps_in_flight = max_steps_in_flight
         self._in_flight: deque[tuple[Step, object]] = deque()
-        self._failure: BaseException | None = None
+        self._failures = failures if failures is not None else []
         self._num_steps = 0
         self._num_output_tokens = 0
         self._busy_seconds = 0.0
         self.step_listeners: list[Callable[[Step], None]] = []
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether all requests have ended and only steps whose results are late are left to collect."""
+        return bool(self._in_flight) and not self.scheduler.has_unfinished
 
     @property
     def has_unfinished(self) -> bool:
@@ -70,29 +83,17 @@ class Engine:
 
     def step(self) -> list[EngineOutput]:
         """Submit as many steps as may be in flight, collect the oldest, return what it gave."""
-        self._check()
-        start = time.monotonic()
-        try:
+        with self._guard():
             while len(self._in_flight) < self._max_steps_in_flight and (step := self.scheduler.schedule()) is not None:
                 self._in_flight.append((step, self._submit(step)))
             if not self._in_flight:
                 return []
             step, handle = self._in_flight.popleft()
-            updates = self.scheduler.apply(step, self._executor.collect(handle))
-            self._num_output_tokens += sum(len(update.new_token_ids) for update in updates)
-            return [_output(update.request, update.new_token_ids) for update in updates]
-        except Exception as error:
-            self.fail(error)
-            raise EngineDeadError(f"The engine stopped in a step: {type(error).__name__}: {error}") from error
-        except BaseException as error:  # cut short: scheduler and executor may be at odds
-            self.fail(error)
-            raise
-        finally:
-            self._busy_seconds += time.monotonic() - start
+            return [self._output(update) for update in self.scheduler.apply(step, self._executor.collect(handle))]
 
     def fail(self, error: BaseException) -> None:
         """Remember why the engine cannot go on; every later call raises EngineDeadError with this cause."""
-        self._failure = self._failure or error
+        self._failures.append(error)
 
     def stop(self) -> None:
         """Free the executor's memory. May be called twice."""
@@ -121,19 +122,36 @@ class Engine:
             listener(step)
         return self._executor.submit(step)
 
+    def _output(self, update: RequestUpdate) -> EngineOutput:
+        self._num_output_tokens += len(update.new_token_ids)
+        request = update.request
+        return EngineOutput(
+            request_id=request.request_id,
+            new_token_ids=update.new_token_ids,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            num_cached_tokens=request.num_cached_tokens,
+            first_scheduled_time=request.first_scheduled_time,
+            num_preemptions=request.epoch,
+        )
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Around a step: whatever goes wrong inside ends the engine, for scheduler and executor may be at odds."""
+        self._check()
+        start = time.monotonic()
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):  # Ctrl-C is still Ctrl-C
+                raise
+            raise EngineDeadError(f"The engine stopped in a step: {type(error).__name__}: {error}") from error
+        finally:
+            self._busy_seconds += time.monotonic() - start
+
     def _check(self) -> None:
-        if self._failure is not None:
-            reason = str(self._failure) or type(self._failure).__name__
-            raise EngineDeadError(f"The engine takes no more requests: {reason}") from self._failure
-
-
-def _output(request: Request, new_token_ids: list[int]) -> EngineOutput:
-    return EngineOutput(
-        request_id=request.request_id,
-        new_token_ids=new_token_ids,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-        num_cached_tokens=request.num_cached_tokens,
-        first_scheduled_time=request.first_scheduled_time,
-        num_preemptions=request.epoch,
-    )
+        if self._failures:
+            cause = self._failures[0]
+            reason = str(cause) or type(cause).__name__
+            raise EngineDeadError(f"The engine takes no more requests: {reason}") from cause

@@ -29,7 +29,6 @@ class ParameterSpec:
         output_axis, input_axis: which axis runs over out_features or in_features (it may be cut there when
             the linear is sharded); None when it has no such axis.
         pack_factor: how many values one element holds along the packed axis.
-        optional: whether a checkpoint may lack it.
     """
 
     name: str
@@ -38,7 +37,6 @@ class ParameterSpec:
     output_axis: int | None = None
     input_axis: int | None = None
     pack_factor: int = 1
-    optional: bool = False
 
 
 class QuantizationMethod(ABC):
