@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,13 +23,13 @@ class _DecodeGroup:
     """Requests of similar length that decode together.
 
     Attributes:
-        rows: [group_size] int64, their tokens in this step.
+        rows: [group_size] int64, their tokens in this step; a slice when all of them decode together.
         slots: [group_size * padded_len] int64 cache slots of their contexts; padding repeats the first slot,
             which is always written.
         bias: [group_size, 1, 1, padded_len], 0 or -inf at padding, the model's dtype.
     """
 
-    rows: Tensor
+    rows: Tensor | slice
     slots: Tensor
     bias: Tensor
 
@@ -120,7 +121,8 @@ class TorchAttention(AttentionBackend):
         written = torch.arange(padded_len, device=device) < layout.seq_lens[members].unsqueeze(1)
         bias = torch.zeros(written.shape, dtype=self._dtype, device=device).masked_fill_(~written, float("-inf"))
         return _DecodeGroup(
-            rows=members,  # a decode request has one token, and decodes come first: its token is its index
+            # A decode request has one token, and decodes come first: its token is its index.
+            rows=members if len(members) < layout.num_decode_requests else slice(layout.num_decode_requests),
             slots=torch.where(written, slots, slots[:, :1]).flatten(),
             bias=bias[:, None, None, :],
         )
@@ -196,5 +198,5 @@ def _decode_groups(layout: BatchLayout) -> Iterator[Tensor]:
     begin = 0
     for index in range(1, len(order) + 1):
         if index == len(order) or lengths[order[index]] < _GROUP_MIN_SHARE * lengths[order[begin]]:
-            yield torch.from_numpy(order[begin:index].astype("int64"))
+            yield torch.from_numpy(np.sort(order[begin:index]))
             begin = index
