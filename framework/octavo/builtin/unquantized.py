@@ -16,7 +16,7 @@ class Unquantized(QuantizationMethod):
     """y = x @ W.T + b with W in the model's dtype.
 
     On a CPU the weight is reordered once into oneDNN's blocked layout, which makes every product 1.5 to 3 times
-    faster than torch's plain linear (docs/decisions/prepacked-linears.md); elsewhere torch's linear is used.
+    faster than torch's plain linear (docs/decisions/0001-linears-are-packed-for-onednn.md); elsewhere torch's linear is used.
     """
 
     can_stack = True
