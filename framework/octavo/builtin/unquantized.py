@@ -15,8 +15,8 @@ from octavo.interfaces.quantization import LinearShape, ParameterSpec, Quantizat
 class Unquantized(QuantizationMethod):
     """y = x @ W.T + b with W in the model's dtype.
 
-    On a CPU the weight is reordered once into oneDNN's blocked layout, which makes every product 1.5 to 3 times
-    faster than torch's plain linear (docs/decisions/0001-linears-are-packed-for-onednn.md); elsewhere torch's linear is used.
+    On a CPU the weight is reordered once into oneDNN's blocked layout, which its products read faster than the plain
+    one (docs/decisions/0001-linears-are-packed-for-onednn.md); elsewhere torch's linear is used.
     """
 
     can_stack = True
