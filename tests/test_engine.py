@@ -134,6 +134,7 @@ def test_stats_count_steps_and_tokens() -> None:
         running.step()
     then = running.stats()
     assert (then.num_running, then.num_steps, then.num_output_tokens, then.kv_usage) == (0, 3, 5, 0)
+    assert then.kv_usage_peak >= now.kv_usage
     assert then.busy_seconds > now.busy_seconds > 0
 
 

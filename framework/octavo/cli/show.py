@@ -29,7 +29,8 @@ def print_summary(llm: LLM, file: TextIO | None = None) -> None:
     tokens = stats.num_blocks * stats.block_size
     components = ", ".join(f"{kind} {chosen.plugin}/{chosen.name}" for kind, chosen in manifest.components.items())
     print(
-        f"\n{stats.num_output_tokens} tokens, {rate:.1f} tokens/s; KV cache: {tokens:,} tokens, "
-        f"waste {100 * stats.kv_waste:.1f} %; {manifest.device}, {manifest.dtype}\n{components}",
+        f"\n{stats.num_output_tokens} tokens, {rate:.1f} tokens/s on {manifest.device} in {manifest.dtype}\n"
+        f"KV cache: at most {stats.kv_usage_peak * tokens:,.0f} of {tokens:,} tokens' room used, "
+        f"{100 * stats.kv_waste:.1f} % of it wasted\n{components}",
         file=file,
     )

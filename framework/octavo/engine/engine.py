@@ -61,6 +61,7 @@ class Engine:
         self._num_steps = 0
         self._num_output_tokens = 0
         self._busy_seconds = 0.0
+        self._kv_usage_peak = 0.0
         self.step_listeners: list[Callable[[Step], None]] = []
 
     @property
@@ -113,11 +114,13 @@ class Engine:
             num_blocks=scheduler.block_pool.num_blocks,
             block_size=scheduler.block_pool.block_size,
             kv_usage=scheduler.kv_usage,
+            kv_usage_peak=self._kv_usage_peak,
             kv_waste=scheduler.kv_waste,
         )
 
     def _submit(self, step: Step) -> object:
         self._num_steps += 1
+        self._kv_usage_peak = max(self._kv_usage_peak, self.scheduler.kv_usage)
         for listener in self.step_listeners:
             listener(step)
         return self._executor.submit(step)

@@ -17,6 +17,7 @@ class EngineStats:
         num_preemptions: since start.
         num_blocks, block_size: of the KV cache.
         kv_usage: share of the blocks that requests hold, 0 to 1.
+        kv_usage_peak: its highest since start.
         kv_waste: 1 - tokens stored / token slots over the blocks that running requests hold, mean over all steps.
     """
 
@@ -29,4 +30,5 @@ class EngineStats:
     num_blocks: int
     block_size: int
     kv_usage: float
+    kv_usage_peak: float
     kv_waste: float
