@@ -28,15 +28,6 @@ def references() -> list[Reference]:
 
 
 @pytest.fixture(scope="module")
-def beginnings(references: list[Reference]) -> list[Reference]:
-    """Of each at most 48 tokens, without the long tail of steps in which only one or two requests are left."""
-    return [
-        replace(reference, token_ids=reference.token_ids[:48], margins=reference.margins[:48])
-        for reference in references
-    ]
-
-
-@pytest.fixture(scope="module")
 def shared_llm() -> Iterator[LLM]:
     with load() as llm:
         yield llm
@@ -53,41 +44,39 @@ def test_all_at_once(llm: LLM, references: list[Reference]) -> None:
     check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
 
 
-def test_with_prompts_from_the_prefix_cache(llm: LLM, beginnings: list[Reference]) -> None:
-    generate(llm, [replace(reference, token_ids=reference.token_ids[:1]) for reference in beginnings])
-    outputs = generate(llm, beginnings)
+def test_with_prompts_from_the_prefix_cache(llm: LLM, references: list[Reference]) -> None:
+    generate(llm, [replace(reference, token_ids=reference.token_ids[:1]) for reference in references])
+    outputs = generate(llm, references)
     assert all(output.num_cached_tokens for output in outputs if len(output.prompt_token_ids) > 16)
-    check(beginnings, token_ids_of(outputs), next_tokens_of(llm))
+    check(references, token_ids_of(outputs), next_tokens_of(llm))
 
 
 def test_each_alone(llm: LLM, references: list[Reference]) -> None:
-    """Only the six of least output: alone, one token takes nearly as long as one for each of sixteen."""
-    few = sorted(references, key=lambda reference: len(reference.token_ids))[:6]
-    alone = [token_ids for reference in few for token_ids in token_ids_of(generate(llm, [reference]))]
-    check(few, alone, next_tokens_of(llm))
+    alone = [token_ids for reference in references for token_ids in token_ids_of(generate(llm, [reference]))]
+    check(references, alone, next_tokens_of(llm))
 
 
-def test_without_prefix_cache(beginnings: list[Reference]) -> None:
+def test_without_prefix_cache(references: list[Reference]) -> None:
     with load(enable_prefix_caching=False) as llm:
-        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+        check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [16, 64, 8192])
-def test_whatever_the_token_budget(max_num_batched_tokens: int, beginnings: list[Reference]) -> None:
-    num_prompt_tokens = sum(len(reference.prompt_token_ids) for reference in beginnings)
+def test_whatever_the_token_budget(max_num_batched_tokens: int, references: list[Reference]) -> None:
+    num_prompt_tokens = sum(len(reference.prompt_token_ids) for reference in references)
     num_step_tokens = list[int]()
     with load(max_num_batched_tokens=max_num_batched_tokens) as llm:
         llm.engine.step_listeners.append(lambda step: num_step_tokens.append(step.num_tokens))
-        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+        check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
     assert max(num_step_tokens) == min(max_num_batched_tokens, num_prompt_tokens)
 
 
 @pytest.mark.parametrize("max_steps_in_flight", [2, 4])
-def test_with_steps_in_flight(max_steps_in_flight: int, beginnings: list[Reference]) -> None:
+def test_with_steps_in_flight(max_steps_in_flight: int, references: list[Reference]) -> None:
     num_in_flight = list[int]()
     with load(max_steps_in_flight=max_steps_in_flight) as llm:
         llm.engine.step_listeners.append(lambda step: num_in_flight.append(llm.engine.scheduler.num_steps_in_flight))
-        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+        check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
     assert max(num_in_flight) == max_steps_in_flight
 
 
@@ -96,17 +85,17 @@ def test_with_steps_in_flight(max_steps_in_flight: int, beginnings: list[Referen
     [{}, {"enable_prefix_caching": False, "max_num_batched_tokens": 64, "max_steps_in_flight": 4}],
     ids=["alone", "with all else"],
 )
-def test_with_preemptions(settings: dict[str, Any], beginnings: list[Reference]) -> None:
+def test_with_preemptions(settings: dict[str, Any], references: list[Reference]) -> None:
     with load(kv_cache_memory_bytes=SMALL_KV_CACHE, **settings) as llm:
-        outputs = generate(llm, beginnings)
+        outputs = generate(llm, references)
         assert llm.stats().num_preemptions > 0
-        check(beginnings, token_ids_of(outputs), next_tokens_of(llm))
+        check(references, token_ids_of(outputs), next_tokens_of(llm))
 
 
-def test_with_plain_linears(beginnings: list[Reference], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_plain_linears(references: list[Reference], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("octavo.builtin.unquantized.can_prepack", lambda dtype: False)
     with load() as llm:
-        check(beginnings, token_ids_of(generate(llm, beginnings)), next_tokens_of(llm))
+        check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
 
 
 @pytest.mark.full
