@@ -33,16 +33,24 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # not the runner: the engine reaches it through an Executor
     "engine": (("engine",), ("data", "interfaces", "block_pool", "scheduler")),
     "processors": (("input_processor", "output_processor"), ("data", "text", "engine")),
+    "selection": (("selection",), ("data", "specs", "interfaces", "plugins", "sources", "runner")),
     "assembly": (
         ("assemble",),
         (
             *("data", "specs", "interfaces", "plugins", "text", "sources", "runner"),
-            *("block_pool", "scheduler", "engine", "processors"),
+            *("block_pool", "scheduler", "engine", "processors", "selection"),
         ),
     ),
     "entry": (("llm", "async_llm"), ("data", "interfaces", "text", "engine", "processors", "assembly")),
     "cli": (("cli", "__main__"), ("data", "specs", "plugins", "text", "sources", "entry")),
     "builtin": (("builtin",), ("data", "specs", "interfaces", "nn", "runner")),
+    "testing": (
+        ("testing",),
+        (
+            *("data", "specs", "interfaces", "plugins", "nn", "runner", "block_pool", "scheduler", "engine"),
+            *("selection", "assembly", "entry"),
+        ),
+    ),
 }
 """A new module of the core has no layer until it is written here: that it needs one is a decision."""
 

@@ -198,7 +198,7 @@ def test_explain_lists_every_candidate_and_marks_the_one_select_takes() -> None:
             plugin("b", scheduler("z", priority=9, devices=("cuda",))),
         ]
     )
-    explained = registry.explain("scheduler", CPU)
+    explained = registry.choose("scheduler", CPU).candidates
     assert [(one.full_name, one.chosen) for one in explained] == [("b/z", False), ("a/x", True), ("a/y", False)]
     assert explained[0].reasons == ("runs on cuda; this engine runs on cpu",)
     assert registry.select("scheduler", CPU).name == "x"
@@ -206,12 +206,12 @@ def test_explain_lists_every_candidate_and_marks_the_one_select_takes() -> None:
 
 def test_explain_marks_the_named_one() -> None:
     registry = Registry([plugin("a", scheduler("x"), scheduler("y"))])
-    assert [one.spec.name for one in registry.explain("scheduler", CPU, "y") if one.chosen] == ["y"]
+    assert [one.spec.name for one in registry.choose("scheduler", CPU, "y").candidates if one.chosen] == ["y"]
 
 
 def test_explain_marks_none_when_the_named_one_cannot_serve() -> None:
     registry = Registry([plugin("a", scheduler("x", devices=("cuda",)), scheduler("y"))])
-    assert not any(one.chosen for one in registry.explain("scheduler", CPU, "x"))
+    assert not any(one.chosen for one in registry.choose("scheduler", CPU, "x").candidates)
 
 
 # ----------------------------------------------------------------------------------------------------- options
@@ -250,16 +250,17 @@ def test_option_that_the_component_does_not_take_is_refused(
 # -------------------------------------------------------------------------------------------------------- load
 
 
-def test_load_imports_the_target() -> None:
+def test_building_a_component_imports_its_target() -> None:
     spec = SchedulerSpec(name="x", target="octavo.errors:PluginError")
-    registry = Registry([plugin("a", spec)])
-    assert registry.load(registry.select("scheduler", CPU)) is PluginError
+    built = Registry([plugin("a", spec)]).select("scheduler", CPU).build("as the core would")
+    assert isinstance(built, PluginError)
+    assert built.args == ("as the core would",)
 
 
 def test_target_that_is_missing_is_an_error_that_names_plugin_and_distribution() -> None:
     registry = Registry([plugin("a", scheduler("x"))])
     with pytest.raises(PluginError, match=r"scheduler policy a/x \(octavo-a 1.2\) cannot be loaded: 'x_module:Policy'"):
-        registry.load(registry.select("scheduler", CPU))
+        registry.select("scheduler", CPU).build()
 
 
 def test_importing_the_registry_imports_nothing_heavy() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from octavo.errors import ConfigError
 
@@ -23,6 +23,45 @@ class ComponentConfig(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class AttentionConfig(ComponentConfig):
+    """One backend for all, or one for prefill and another for decode: {"prefill": "flash", "decode": "paged"}.
+
+    A side that is not named falls to `name`, with the options beside it.
+    """
+
+    prefill: ComponentConfig | None = None
+    decode: ComponentConfig | None = None
+
+    @property
+    def wishes(self) -> tuple[ComponentConfig, ComponentConfig]:
+        """For (prefill, decode)."""
+        both = ComponentConfig(name=self.name, **self.options)
+        return self.prefill or both, self.decode or both
+
+    @field_validator("prefill", "decode", mode="before")
+    @classmethod
+    def _name_is_short_for_component(cls, value: object) -> object:
+        return _component(value)
+
+
+class PluginsConfig(BaseModel):
+    """Which plugins may load. A list is also read from a text with commas, as in OCTAVO_PLUGINS."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    allow: tuple[str, ...] | None = None
+    """the plugins that may load, by name; without it all, and [] is the built-ins alone"""
+    deny: tuple[str, ...] = ()
+    """patterns of the plugins that may not load; they are not even imported"""
+    strict: bool = False
+    """refuse to start when a plugin did not load"""
+
+    @field_validator("allow", "deny", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
 class EngineConfig(BaseModel):
@@ -58,7 +97,7 @@ class EngineConfig(BaseModel):
     """makes requests that bring no seed repeatable"""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """devices that share each layer"""
-    attention: ComponentConfig = ComponentConfig()
+    attention: AttentionConfig = AttentionConfig()
     """attention backend by name; auto takes the best that can serve"""
     quantization: ComponentConfig = ComponentConfig()
     """quantization method by name; auto takes the one that reads the checkpoint"""
@@ -66,6 +105,8 @@ class EngineConfig(BaseModel):
     """scheduler policy by name"""
     executor: ComponentConfig = ComponentConfig()
     """executor by name"""
+    plugins: PluginsConfig = PluginsConfig()
+    """which plugins may load"""
 
     @classmethod
     def create(cls, **settings: Any) -> EngineConfig:
@@ -82,18 +123,11 @@ class EngineConfig(BaseModel):
     @field_validator("attention", "quantization", "scheduler", "executor", mode="before")
     @classmethod
     def _name_is_short_for_component(cls, value: object) -> object:
-        if value is None:
-            return ComponentConfig()
-        return {"name": value} if isinstance(value, str) else value
+        return {} if value is None else _component(value)
 
-    @model_validator(mode="after")
-    def _one_device_for_now(self) -> EngineConfig:
-        if self.tensor_parallel_size > 1:
-            raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size} was asked for, but this version runs a model "
-                "on one device only. Set tensor_parallel_size=1."
-            )
-        return self
+
+def _component(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _fault(fault: Any) -> str:

@@ -26,7 +26,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A decoder-only transformer's sizes. `raw` is the whole config.json for what only one architecture reads."""
+    """A decoder-only transformer's sizes.
+
+    `sliding_window` is how many tokens back a query sees, None for all; `raw` is the whole config.json, for what only
+    one architecture reads.
+    """
 
     architecture: str
     vocab_size: int
@@ -40,6 +44,7 @@ class ModelConfig:
     max_position_embeddings: int
     rope: RopeConfig
     tie_word_embeddings: bool
+    sliding_window: int | None
     dtype: str
     eos_token_ids: frozenset[int]
     quantization: Mapping[str, Any]
@@ -78,6 +83,7 @@ class ModelConfig:
             max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
             rope=_rope(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            sliding_window=_sliding_window(raw),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
             eos_token_ids=_token_ids(raw.get("eos_token_id")) | _token_ids(generation_config.get("eos_token_id")),
             quantization=dict(raw.get("quantization_config") or {}),
@@ -91,6 +97,12 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
     theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     return RopeConfig(theta=float(theta), rope_type=str(rope_type), parameters=parameters)
+
+
+def _sliding_window(raw: Mapping[str, Any]) -> int | None:
+    """Tokens a query sees at most; None when it sees all. Qwen2 states a window and switches it off beside it."""
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    return None if window is None else int(window)
 
 
 def _token_ids(value: object) -> frozenset[int]:

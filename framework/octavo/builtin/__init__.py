@@ -25,6 +25,7 @@ def octavo_components() -> list[Spec]:
             summary="Paged attention in plain torch, the reference of every kernel",
             target="octavo.builtin.torch_attention:TorchAttention",
             features=frozenset({"prefill", "decode"}),
+            kv_layout="torch-nhd",
         ),
         QuantizationSpec(
             name="unquantized",
@@ -47,6 +48,7 @@ def octavo_components() -> list[Spec]:
             name="inline",
             summary="Runs the model in this process, on one device",
             target="octavo.builtin.inline_executor:InlineExecutor",
+            max_devices=1,
         ),
         CheckpointSpec(
             name="huggingface",

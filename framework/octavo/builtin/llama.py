@@ -20,16 +20,14 @@ class LlamaLayer:
         prefix, hidden_size, head_dim = f"model.layers.{index}", config.hidden_size, config.head_dim
         attention_bias = bool(config.raw.get("attention_bias", False))
         mlp_bias = bool(config.raw.get("mlp_bias", False))
-        query_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self.input_norm = factory.norm(f"{prefix}.input_layernorm", hidden_size, config.rms_norm_eps)
-        self.qkv = factory.stacked_linear(
-            f"{prefix}.self_attn",
-            hidden_size,
-            {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size},
-            bias=attention_bias,
+        self.qkv = factory.qkv_linear(
+            f"{prefix}.self_attn", hidden_size, config.num_heads, config.num_kv_heads, head_dim, bias=attention_bias
         )
         self.attention = factory.attention(index, config.num_heads, config.num_kv_heads, head_dim, head_dim**-0.5)
-        self.output = factory.linear(f"{prefix}.self_attn.o_proj", query_size, hidden_size, bias=attention_bias)
+        self.output = factory.linear(
+            f"{prefix}.self_attn.o_proj", config.num_heads * head_dim, hidden_size, bias=attention_bias
+        )
         self.mlp_norm = factory.norm(f"{prefix}.post_attention_layernorm", hidden_size, config.rms_norm_eps)
         self.gate_up = factory.stacked_linear(
             f"{prefix}.mlp",

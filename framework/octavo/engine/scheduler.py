@@ -379,6 +379,7 @@ class Scheduler:
         request.finish_reason = finish_reason
         del self._requests[request.request_id]
         del self._places[request.request_id]
+        self.policy.ended(request)
 
     def _leave_batch(self, request: Request) -> None:
         """Give up the blocks, but not before the last step that writes to them is collected; tell the runner."""

@@ -107,11 +107,42 @@ class BatchLayout:
     host_query_start_loc: np.ndarray[Any, np.dtype[np.int32]]
     host_seq_lens: np.ndarray[Any, np.dtype[np.int32]]
 
+    def decodes(self) -> BatchLayout:
+        """The decode requests alone, their token indices unchanged."""
+        requests, tokens = slice(0, self.num_decode_requests), slice(0, self.num_decode_tokens)
+        return self._part(requests, tokens, self.num_decode_requests)
+
+    def prefills(self) -> BatchLayout:
+        """The other requests alone, token indices counted from their first."""
+        requests = slice(self.num_decode_requests, self.num_requests)
+        return self._part(requests, slice(self.num_decode_tokens, self.num_tokens), 0)
+
+    def _part(self, requests: slice, tokens: slice, num_decode_requests: int) -> BatchLayout:
+        bounds = slice(requests.start, requests.stop + 1)
+        host_query_start_loc = self.host_query_start_loc[bounds] - tokens.start
+        host_seq_lens = self.host_seq_lens[requests]
+        return BatchLayout(
+            num_requests=requests.stop - requests.start,
+            num_tokens=tokens.stop - tokens.start,
+            num_decode_requests=num_decode_requests,
+            num_decode_tokens=num_decode_requests and tokens.stop - tokens.start,
+            max_query_len=int(np.diff(host_query_start_loc).max()),
+            max_seq_len=int(host_seq_lens.max()),
+            block_size=self.block_size,
+            query_start_loc=self.query_start_loc[bounds] - tokens.start,
+            seq_lens=self.seq_lens[requests],
+            block_table=self.block_table[requests],
+            slot_mapping=self.slot_mapping[tokens],
+            host_query_start_loc=host_query_start_loc,
+            host_seq_lens=host_seq_lens,
+        )
+
 
 class AttentionBackend(ABC):
     """Writes this step's keys and values into the paged cache and attends over them.
 
-    Constructed once with the need it was chosen for; one state object with maximal sizes is made at start.
+    Constructed once with the need it was chosen for: its features say whether it will be given decode requests,
+    prefills or both. One state object with maximal sizes is made at start.
     """
 
     def __init__(self, need: AttentionNeed) -> None:

@@ -61,13 +61,31 @@ class LayerFactory(ABC):
     """
 
     @abstractmethod
-    def linear(self, prefix: str, in_features: int, out_features: int, *, bias: bool = False) -> Unary: ...
+    def linear(self, prefix: str, in_features: int, out_features: int, *, bias: bool = False) -> Unary:
+        """The projection that ends a block (o_proj, down_proj); among several devices its input is what is parted."""
 
     @abstractmethod
     def stacked_linear(
         self, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool = False
     ) -> StackedLinear:
-        """Projections that read one input; `parts` maps the name after `prefix` to its out_features."""
+        """Projections that read one input (gate, up); `parts` maps the name after `prefix` to its out_features.
+
+        Among several devices each output is parted.
+        """
+
+    @abstractmethod
+    def qkv_linear(
+        self,
+        prefix: str,
+        in_features: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+    ) -> StackedLinear:
+        """Query, key and value projections, parted among devices by whole heads; few KV heads are repeated."""
 
     @abstractmethod
     def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm: ...

@@ -30,6 +30,10 @@ class SchedulerPolicy(ABC):
         """Told after each step what a request received."""
         return None
 
+    def ended(self, request: Request) -> None:
+        """Told once when a request finishes or is aborted, whatever had become of it."""
+        return None
+
     def metrics(self) -> Mapping[str, float]:
         """Numbers of the policy's own, by name."""
         return {}

@@ -40,6 +40,20 @@ class DeviceLayerFactory(LayerFactory):
             ]
         return StackedLinear(linears, sizes)
 
+    def qkv_linear(
+        self,
+        prefix: str,
+        in_features: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = False,
+        names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+    ) -> StackedLinearLayer:
+        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        return self.stacked_linear(prefix, in_features, dict(zip(names, sizes, strict=True)), bias=bias)
+
     def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm:
         return RMSNorm(self._loader, prefix, hidden_size, eps, self._method.dtype, self._method.device)
 

@@ -10,15 +10,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from octavo.errors import ConfigError, PluginError, UnavailableComponentError, UnknownNameError
+from octavo.errors import OctavoError, UnavailableComponentError, UnknownNameError
 from octavo.plugins.host import Plugin, PluginState, discover
-from octavo.plugins.specs import SPEC_KINDS, Need, Spec, load_target
+from octavo.plugins.options import checked_options
+from octavo.plugins.specs import SPEC_KINDS, Need, Spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from octavo.config import PluginsConfig
     from octavo.interfaces.manifest import ChosenComponent
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,23 @@ class Candidate:
     @property
     def full_name(self) -> str:
         return f"{self.plugin.name}/{self.spec.name}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What came of choosing one component: every candidate with its reasons, and the component or the error."""
+
+    kind: str
+    candidates: tuple[Candidate, ...]
+    component: ChosenComponent | None = None
+    error: OctavoError | None = None
+
+    def get(self) -> ChosenComponent:
+        """The component; raises the error that says why there is none."""
+        if self.error is not None:
+            raise self.error
+        assert self.component is not None
+        return self.component
 
 
 class Registry:
@@ -88,67 +105,74 @@ class Registry:
             )
         return found[0]
 
-    def explain(self, kind: str, need: Need, name: str = "auto") -> list[Candidate]:
-        """Every candidate with its reasons against `need`, the one that `select` would take marked as chosen.
+    def ask(self, kind: str, need: Need) -> list[Candidate]:
+        """Every candidate with its reasons against `need`, in the order `auto` prefers them."""
+        return [replace(one, reasons=tuple(one.spec.why_not(need))) for one in self._candidates[kind]]
 
-        Raises:
-            UnknownNameError, UnavailableComponentError: as `find`, for a name that is not "auto".
-        """
-        named = None if name == "auto" else self.find(kind, name).full_name
-        asked = [replace(one, reasons=tuple(one.spec.why_not(need))) for one in self._candidates[kind]]
-        chosen = next((one for one in asked if not one.reasons and named in (None, one.full_name)), None)
-        return [replace(one, chosen=one is chosen) for one in asked]
-
-    def select(
-        self, kind: str, need: Need, name: str = "auto", options: Mapping[str, object] | None = None
-    ) -> ChosenComponent:
-        """Choose the component of a kind that serves `need`.
+    def choose(self, kind: str, need: Need, name: str = "auto", options: Mapping[str, object] | None = None) -> Choice:
+        """Ask every candidate and take one, or keep the error that says why none.
 
         Args:
             name: "auto" takes the first that can, by priority and name; "name" or "plugin/name" that one or none.
             options: the component's own settings, checked by the model its spec names.
+        """
+        asked = self.ask(kind, need)
+        try:
+            taken = self._best(kind, asked, need) if name == "auto" else self._named(kind, asked, name)
+            component = self.component(taken, options or {})
+        except OctavoError as error:
+            return Choice(kind=kind, candidates=tuple(asked), error=error)
+        marked = tuple(replace(one, chosen=one is taken) for one in asked)
+        return Choice(kind=kind, candidates=marked, component=component)
+
+    def select(
+        self, kind: str, need: Need, name: str = "auto", options: Mapping[str, object] | None = None
+    ) -> ChosenComponent:
+        """As `choose`, but raises.
 
         Raises:
             UnknownNameError: nothing installed has that name, or two have.
             UnavailableComponentError: the named one, or every one, has reasons against `need`; the message quotes them.
             ConfigError: the component does not take these options.
         """
-        candidate = (
-            self._first_that_serves(kind, need) if name == "auto" else self._named_if_it_serves(kind, need, name)
-        )
-        return _chosen(candidate, _checked_options(candidate, options or {}))
+        return self.choose(kind, need, name, options).get()
 
-    def load(self, chosen: ChosenComponent) -> Callable[..., Any]:
-        """Import the class (or module, or function) a component's target names.
+    def component(self, candidate: Candidate, options: Mapping[str, object]) -> ChosenComponent:
+        """A candidate as what a manifest holds: plain data, its options checked and its defaults filled in.
 
         Raises:
-            PluginError: it cannot be imported; the cause is chained.
+            ConfigError: it does not take these options.
         """
-        try:
-            return load_target(chosen.target)
-        except PluginError as error:
-            raise PluginError(
-                f"{SPEC_KINDS[chosen.kind].noun} {chosen.plugin}/{chosen.name} ({chosen.distribution} "
-                f"{chosen.version}) cannot be loaded: {error}"
-            ) from error
+        from octavo.interfaces.manifest import ChosenComponent  # here, because it imports pydantic
 
-    def _named_if_it_serves(self, kind: str, need: Need, name: str) -> Candidate:
-        candidate = self.find(kind, name)
-        if reasons := candidate.spec.why_not(need):
+        spec, plugin = candidate.spec, candidate.plugin
+        return ChosenComponent(
+            kind=spec.kind,
+            plugin=plugin.name,
+            name=spec.name,
+            target=spec.target,
+            distribution=plugin.distribution,
+            version=plugin.version,
+            options_model=spec.options,
+            options=checked_options(spec, options),
+        )
+
+    def _named(self, kind: str, asked: list[Candidate], name: str) -> Candidate:
+        full_name = self.find(kind, name).full_name
+        candidate = next(one for one in asked if one.full_name == full_name)
+        if candidate.reasons:
             raise UnavailableComponentError(
-                f"{candidate.spec.noun} {name!r} cannot be used: {'; '.join(reasons)}. "
+                f"{candidate.spec.noun} {name!r} cannot be used: {'; '.join(candidate.reasons)}. "
                 'Choose another, or "auto" for the best that can.'
             )
         return candidate
 
-    def _first_that_serves(self, kind: str, need: Need) -> Candidate:
-        lines = []
-        for candidate in self._candidates[kind]:
-            reasons = candidate.spec.why_not(need)
-            if not reasons:
+    def _best(self, kind: str, asked: list[Candidate], need: Need) -> Candidate:
+        for candidate in asked:
+            if not candidate.reasons:
                 return candidate
-            lines.append(f"\n  {candidate.full_name}: {'; '.join(reasons)}")
-        advice = need.advice(candidate.spec for candidate in self._candidates[kind])
+        lines = [f"\n  {one.full_name}: {'; '.join(one.reasons)}" for one in asked]
+        advice = need.advice(one.spec for one in asked)
         failed = self.failed_plugins
         raise UnavailableComponentError(
             f"No installed {SPEC_KINDS[kind].noun} can serve this.{''.join(lines)}"
@@ -173,7 +197,7 @@ class Registry:
         )
 
 
-def default_registry() -> Registry:
+def default_registry(rules: PluginsConfig | None = None) -> Registry:
     """The registry of this environment, with one warning for each plugin that failed to load."""
     registry = Registry(discover())
     for plugin in registry.failed_plugins:
@@ -185,42 +209,3 @@ def default_registry() -> Registry:
 def _would_likely_bring(plugin: Plugin, name: str) -> bool:
     """Whether a plugin whose specs are unknown sounds like the one: 'gptq' and 'quant-gptq/gptq' name 'quant-gptq'."""
     return name.partition("/")[0] in (plugin.name, plugin.distribution) or name in re.split(r"[-_.]", plugin.name)
-
-
-def _checked_options(candidate: Candidate, options: Mapping[str, object]) -> Mapping[str, object]:
-    """What the component's own options model makes of `options`, defaults filled in."""
-    spec = candidate.spec
-    if spec.options is None:
-        if options:
-            raise ConfigError(f"{spec.noun} {spec.name!r} takes no options, but {', '.join(options)} was given.")
-        return {}
-    from pydantic import ValidationError  # here, because listing components must not import it
-
-    model = load_target(spec.options)
-    known = list(model.model_fields)  # type: ignore[attr-defined]
-    for key in options:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"{spec.noun} {spec.name!r} has no option {key!r}. It takes: {', '.join(known)}."
-                + (f" Did you mean {near[0]!r}?" if near else "")
-            )
-    try:
-        return dict(model(**options).model_dump())
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise ConfigError(f"Options of {spec.noun} {spec.name!r}: {faults}") from error
-
-
-def _chosen(candidate: Candidate, options: Mapping[str, object]) -> ChosenComponent:
-    from octavo.interfaces.manifest import ChosenComponent  # here, because it imports pydantic
-
-    return ChosenComponent(
-        kind=candidate.spec.kind,
-        plugin=candidate.plugin.name,
-        name=candidate.spec.name,
-        target=candidate.spec.target,
-        distribution=candidate.plugin.distribution,
-        version=candidate.plugin.version,
-        options=options,
-    )

@@ -63,6 +63,11 @@ class ModelNeed(Need):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorNeed(Need):
+    num_devices: int = 1  # ranks of one model: tensor_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointNeed(Need):
     path: str
     filenames: tuple[str, ...]  # of a folder: the names in it; of a file: its own name
@@ -85,7 +90,8 @@ class Spec:
         features: optional abilities a need may ask for.
         priority: `auto` takes the highest that has no reason against it.
         probe: "package.module:function", called with the need, returns a list of reasons; runs last.
-        options: "package.module:PydanticModel" of the component's own options.
+        options: "package.module:PydanticModel" of the component's own options; the target is then constructed with
+            an instance of it, `options=`, beside its socket's own arguments.
     """
 
     kind: ClassVar[str] = ""
@@ -166,13 +172,17 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSpec(Spec):
-    """An `octavo.interfaces.AttentionBackend`. Features: "prefill", "decode"."""
+    """An `octavo.interfaces.AttentionBackend`. Features: "prefill", "decode", "sliding_window".
+
+    One backend may serve prefill and another decode when both declare the same `kv_layout`.
+    """
 
     kind: ClassVar[str] = "attention"
     noun: ClassVar[str] = "attention backend"
 
     head_sizes: tuple[int, ...] = ()  # empty: any
     block_sizes: tuple[int, ...] = ()  # empty: any
+    kv_layout: str = ""  # the published name of its KVLayout; empty: its own, shared with no other backend
 
     def _facts_against(self, need: Need) -> list[str]:
         assert isinstance(need, AttentionNeed)
@@ -256,6 +266,14 @@ class ExecutorSpec(Spec):
 
     kind: ClassVar[str] = "executor"
     noun: ClassVar[str] = "executor"
+
+    max_devices: int = 0  # devices one model may be spread over; 0: any number
+
+    def _facts_against(self, need: Need) -> list[str]:
+        assert isinstance(need, ExecutorNeed)
+        if not self.max_devices or need.num_devices <= self.max_devices:
+            return []
+        return [f"runs a model on {self.max_devices} device(s); tensor_parallel_size is {need.num_devices}"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

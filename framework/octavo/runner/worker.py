@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from octavo.interfaces.attention import AttentionBackend, BatchLimits
+from octavo.interfaces.attention import BatchLimits
 from octavo.interfaces.checkpoint import Checkpoint
 from octavo.interfaces.executor import ExecutorReport, Step, StepOutput
 from octavo.interfaces.manifest import Manifest
@@ -17,12 +17,10 @@ from octavo.interfaces.quantization import QuantizationMethod
 from octavo.model_config import ModelConfig
 from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.rotary import RotaryTable
+from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
-from octavo.plugins.specs import load_target
 from octavo.runner.kv_cache import num_kv_blocks
 from octavo.runner.model_runner import ModelRunner
-
-_BUILT_HERE = ("checkpoint", "attention", "quantization", "model")
 
 
 class Worker:
@@ -30,17 +28,17 @@ class Worker:
 
     def __init__(self, manifest: Manifest) -> None:
         self._phases: list[tuple[str, float]] = []
-        make = {kind: load_target(chosen.target) for kind, chosen in manifest.components.items() if kind in _BUILT_HERE}
-        checkpoint: Checkpoint = make["checkpoint"](manifest.model_path)
+        chosen = manifest.components
+        checkpoint: Checkpoint = chosen["checkpoint"].build(manifest.model_path)
         config = ModelConfig.from_dict(checkpoint.config(), checkpoint.generation_config())
         dtype: torch.dtype = getattr(torch, manifest.dtype)
         engine = manifest.config
-        attention: AttentionBackend = make["attention"](manifest.attention_need)
+        attention = build_attention(chosen["attention.prefill"], chosen["attention.decode"], manifest.attention_need)
         loader = WeightLoader()
         with self._phase("build model"):
-            method: QuantizationMethod = make["quantization"](config.quantization, dtype, manifest.device)
+            method: QuantizationMethod = chosen["quantization"].build(config.quantization, dtype, manifest.device)
             factory = DeviceLayerFactory(method, attention, loader)
-            model: ModelArchitecture = make["model"](config, factory)
+            model: ModelArchitecture = chosen["model"].build(config, factory)
             rotary = RotaryTable(config.rope, config.head_dim, manifest.max_model_len, dtype, manifest.device)
         with self._phase("load weights"):
             loader.load(checkpoint.tensors(), model.ignored_names())

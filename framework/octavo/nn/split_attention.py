@@ -1,0 +1,83 @@
+"""Attention by two backends that share one KV layout: decode tokens go to one, the others to the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from octavo.errors import PluginError
+from octavo.interfaces.attention import AttentionBackend, BatchLayout, BatchLimits, KVCache, KVLayout
+from octavo.interfaces.manifest import ChosenComponent
+from octavo.plugins.specs import AttentionNeed
+
+
+@dataclass(slots=True)
+class _State:
+    """Both backends' states, and how many tokens of this step are each one's."""
+
+    prefill: object
+    decode: object
+    num_decode_tokens: int = 0
+    num_prefill_tokens: int = 0
+
+
+def build_attention(prefill: ChosenComponent, decode: ChosenComponent, need: AttentionNeed) -> AttentionBackend:
+    """One backend when the same was chosen for both, else the two behind one."""
+
+    def build(chosen: ChosenComponent, *features: str) -> AttentionBackend:
+        backend: AttentionBackend = chosen.build(replace(need, features=need.features | set(features)))
+        return backend
+
+    if prefill == decode:
+        return build(prefill, "prefill", "decode")
+    return SplitAttention(build(prefill, "prefill"), build(decode, "decode"))
+
+
+class SplitAttention(AttentionBackend):
+    """Gives each backend its slice of the batch, whose rows are ordered decode first; neither knows of the other.
+
+    Raises:
+        PluginError: their layouts differ although both go by one name.
+    """
+
+    def __init__(self, prefill: AttentionBackend, decode: AttentionBackend) -> None:
+        super().__init__(replace(prefill.need, features=prefill.need.features | decode.need.features))
+        if prefill.kv_layout() != decode.kv_layout():
+            raise PluginError(
+                f"{type(prefill).__name__} and {type(decode).__name__} both name their KV layout "
+                f"{prefill.kv_layout().name!r} but make it differently: {prefill.kv_layout()} and {decode.kv_layout()}."
+            )
+        self._prefill = prefill
+        self._decode = decode
+
+    def kv_layout(self) -> KVLayout:
+        return self._prefill.kv_layout()
+
+    def make_state(self, limits: BatchLimits) -> _State:
+        return _State(prefill=self._prefill.make_state(limits), decode=self._decode.make_state(limits))
+
+    def plan(self, layout: BatchLayout, state: object) -> None:
+        assert isinstance(state, _State)
+        state.num_decode_tokens = layout.num_decode_tokens
+        state.num_prefill_tokens = layout.num_tokens - layout.num_decode_tokens
+        if state.num_decode_tokens:
+            self._decode.plan(layout.decodes(), state.decode)
+        if state.num_prefill_tokens:
+            self._prefill.plan(layout.prefills(), state.prefill)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+    ) -> Tensor:
+        assert isinstance(state, _State)
+        border, outputs = state.num_decode_tokens, []
+        if border:
+            outputs.append(
+                self._decode.forward(query[:border], key[:border], value[:border], kv_cache, state.decode, scale)
+            )
+        if state.num_prefill_tokens:
+            outputs.append(
+                self._prefill.forward(query[border:], key[border:], value[border:], kv_cache, state.prefill, scale)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

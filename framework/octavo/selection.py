@@ -1,0 +1,153 @@
+"""From a configuration to one component of each kind, chosen before any weight is read. Imports no implementation.
+
+config -> plugins -> [selection] -> manifest. What `assemble` builds, what `explain` shows and what `plan` counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.config import ComponentConfig, EngineConfig
+from octavo.errors import ConfigError
+from octavo.interfaces.checkpoint import Checkpoint
+from octavo.interfaces.manifest import Manifest
+from octavo.model_config import ModelConfig
+from octavo.model_source import resolve_model
+from octavo.plugins.attention_pair import choose_attention
+from octavo.plugins.registry import Choice, Registry, default_registry
+from octavo.plugins.specs import AttentionNeed, CheckpointNeed, ExecutorNeed, ModelNeed, Need, QuantizationNeed
+from octavo.runner.device import resolve_device, resolve_dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """The model's files, found and opened; headers only were read."""
+
+    path: Path
+    choice: Choice
+    checkpoint: Checkpoint
+    model_config: ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """What was chosen for every socket, and what was refused and why.
+
+    Attributes:
+        config: what the user asked for; `device`, `dtype` and `max_model_len` are what its "auto" came to.
+        choices: by socket, as in Manifest.components.
+    """
+
+    registry: Registry
+    config: EngineConfig
+    files: ModelFiles
+    device: str
+    dtype: str
+    max_model_len: int
+    attention_need: AttentionNeed
+    choices: Mapping[str, Choice]
+
+    def manifest(self) -> Manifest:
+        """What to build.
+
+        Raises:
+            ConfigError: of the first socket that nothing can serve as asked.
+        """
+        return Manifest(
+            model_path=str(self.files.path),
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            config=self.config,
+            attention_need=self.attention_need,
+            components={socket: choice.get() for socket, choice in self.choices.items()},
+        )
+
+
+def select(config: EngineConfig, device: str | None = None) -> Selection:
+    """Find the model and ask every candidate of every socket.
+
+    Args:
+        device: what to choose for, when it is not a device of this machine.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: the model is not there or not readable.
+        ConfigError: a setting is wrong. That a component cannot serve is kept in its Choice.
+    """
+    registry = default_registry(config.plugins)
+    files = open_model(registry, config.model, config.revision)
+    model_config = files.model_config
+    device = device or resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, model_config.dtype, device)
+    max_model_len = _max_model_len(config, model_config)
+    window = model_config.sliding_window
+    need = AttentionNeed(
+        device=device,
+        dtype=dtype,
+        features=frozenset() if window is None or window >= max_model_len else frozenset({"sliding_window"}),
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=config.block_size,
+    )
+    prefill, decode = choose_attention(registry, need, config.attention.wishes)
+    needs: dict[str, tuple[Need, ComponentConfig]] = {
+        "model": (ModelNeed(device=device, dtype=dtype, architecture=model_config.architecture), ComponentConfig()),
+        "quantization": (_quantization_need(model_config, device, dtype), config.quantization),
+        "scheduler": (Need(), config.scheduler),
+        "executor": (ExecutorNeed(device=device, num_devices=config.tensor_parallel_size), config.executor),
+    }
+    choices = {kind: registry.choose(kind, each, wish.name, wish.options) for kind, (each, wish) in needs.items()}
+    return Selection(
+        registry=registry,
+        config=config,
+        files=files,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        attention_need=need,
+        choices={"checkpoint": files.choice, **choices, "attention.prefill": prefill, "attention.decode": decode},
+    )
+
+
+def open_model(registry: Registry, model: str, revision: str | None = None) -> ModelFiles:
+    """Find a model's files and open them with the checkpoint format that reads them.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: the model is not there or not readable.
+        UnavailableComponentError: no installed checkpoint format reads it.
+    """
+    path = resolve_model(model, revision)
+    choice = choose_checkpoint(registry, path)
+    checkpoint: Checkpoint = choice.get().build(str(path))
+    model_config = ModelConfig.from_dict(checkpoint.config(), checkpoint.generation_config())
+    return ModelFiles(path=path, choice=choice, checkpoint=checkpoint, model_config=model_config)
+
+
+def choose_checkpoint(registry: Registry, path: Path) -> Choice:
+    """Which checkpoint format reads this folder or file."""
+    filenames = tuple(sorted(entry.name for entry in path.iterdir())) if path.is_dir() else (path.name,)
+    return registry.choose("checkpoint", CheckpointNeed(path=str(path), filenames=filenames))
+
+
+def _quantization_need(model_config: ModelConfig, device: str, dtype: str) -> QuantizationNeed:
+    found = model_config.quantization
+    bits = found.get("bits")
+    return QuantizationNeed(
+        device=device,
+        dtype=dtype,
+        format=str(found.get("quant_method", "none")),
+        bits=bits if isinstance(bits, int) else None,
+    )
+
+
+def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    longest = model_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} was asked for, but the model's positions end at {longest}. "
+            f"Set max_model_len to at most {longest}."
+        )
+    return config.max_model_len or longest

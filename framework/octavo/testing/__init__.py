@@ -1,0 +1,35 @@
+"""The conformance kit: one suite class for each socket, for the authors of plugins. Imported with pytest only.
+
+    from octavo.testing import AttentionSuite
+
+    class TestMine(AttentionSuite):
+        component = "my-plugin/mine"
+
+Nothing is imported until a suite is named, so tests of a scheduler policy do without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from octavo._lazy import lazy_getattr
+
+if TYPE_CHECKING:
+    from octavo.testing.attention import AttentionSuite as AttentionSuite
+    from octavo.testing.model import ModelSuite as ModelSuite
+    from octavo.testing.quantization import QuantizationSuite as QuantizationSuite
+    from octavo.testing.run import run_suite as run_suite
+    from octavo.testing.scheduler import SchedulerSuite as SchedulerSuite
+    from octavo.testing.suite import Suite as Suite
+
+_MODULES = {
+    "attention": ("AttentionSuite",),
+    "model": ("ModelSuite",),
+    "quantization": ("QuantizationSuite",),
+    "run": ("run_suite",),
+    "scheduler": ("SchedulerSuite",),
+    "suite": ("Suite",),
+}
+
+if not TYPE_CHECKING:  # type checkers read the imports above, and so find a misspelt name
+    __getattr__, __all__ = lazy_getattr(__name__, _MODULES)
