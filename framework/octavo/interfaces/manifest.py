@@ -45,7 +45,8 @@ class ChosenComponent:
             model = None if self.options_model is None else load_target(self.options_model)
         except PluginError as error:
             raise PluginError(
-                f"{SPEC_KINDS[self.kind].noun} {self.full_name} ({self.distribution} {self.version}) cannot be loaded: {error}"
+                f"{SPEC_KINDS[self.kind].noun} {self.full_name} ({self.distribution} {self.version}) "
+                f"cannot be loaded: {error}"
             ) from error
         return make(*arguments) if model is None else make(*arguments, options=model(**self.options))
 
