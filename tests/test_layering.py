@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "specs": (("plugins.specs", "plugins.hookspecs"), ("data",)),
     "interfaces": (("interfaces",), ("data", "specs")),
     "plugins": (("plugins",), ("data", "specs", "interfaces")),
+    "settings": (("settings", "config_schema"), ("data", "specs", "plugins")),
     "text": (("chat_template", "tokenizer", "detokenizer"), ("data", "interfaces")),
     "sources": (("demo_model", "model_source"), ("data",)),
     "nn": (("nn",), ("data", "specs", "interfaces")),
@@ -41,8 +42,15 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("block_pool", "scheduler", "engine", "processors", "selection"),
         ),
     ),
-    "entry": (("llm", "async_llm"), ("data", "interfaces", "text", "engine", "processors", "assembly")),
-    "cli": (("cli", "__main__"), ("data", "specs", "plugins", "text", "sources", "entry")),
+    "explanation": (("explanation",), ("data", "specs", "interfaces", "plugins", "settings", "selection")),
+    "entry": (
+        ("llm", "async_llm"),
+        ("data", "interfaces", "text", "engine", "processors", "settings", "assembly", "explanation"),
+    ),
+    "cli": (
+        ("cli", "__main__"),
+        ("data", "specs", "plugins", "settings", "text", "sources", "explanation", "entry"),
+    ),
     "builtin": (("builtin",), ("data", "specs", "interfaces", "nn", "runner")),
     "testing": (
         ("testing",),

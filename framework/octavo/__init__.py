@@ -10,6 +10,7 @@ from octavo._lazy import lazy_getattr
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM as AsyncLLM
     from octavo.config import EngineConfig as EngineConfig
+    from octavo.explanation import explain as explain
     from octavo.llm import LLM as LLM
     from octavo.outputs import CompletionOutput as CompletionOutput
     from octavo.outputs import RequestOutput as RequestOutput
@@ -33,6 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 _MODULES = {
     "async_llm": ("AsyncLLM",),
     "config": ("EngineConfig",),
+    "explanation": ("explain",),
     "llm": ("LLM",),
     "outputs": ("CompletionOutput", "RequestOutput"),
     "plugins.hookspecs": ("hookimpl",),

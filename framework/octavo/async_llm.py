@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import queue
 import threading
 import time
@@ -14,12 +15,13 @@ from types import TracebackType
 from typing import Any
 
 from octavo.assemble import assemble
-from octavo.config import EngineConfig
 from octavo.errors import EngineDeadError, RequestError
+from octavo.explanation import Explanation, explain_selection
 from octavo.input_processor import Prompt
 from octavo.output_processor import snapshot
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+from octavo.settings import Settings, as_settings
 from octavo.tokenizer import Tokenizer
 
 _Answer = RequestOutput | BaseException
@@ -43,9 +45,12 @@ class AsyncLLM:
     One thread owns the engine; what others want of it goes through one queue of commands, so nothing is locked.
     """
 
-    def __init__(self, model: str = "demo", **settings: Any) -> None:
-        """Load `model` with `settings`, the fields of EngineConfig. Raises as LLM does."""
-        self.config = EngineConfig.create(model=model, **settings)
+    def __init__(
+        self, model: str | None = None, *, config: str | os.PathLike[str] | Settings | None = None, **settings: Any
+    ) -> None:
+        """Load `model` with `settings`, the fields of EngineConfig, or those of the YAML file `config`; as LLM does."""
+        self.settings = as_settings(model, config, settings)
+        self.config = self.settings.config
         self._assembly = assemble(self.config)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open: dict[str, tuple[RequestOutput, _Stream]] = {}
@@ -88,6 +93,10 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request; its stream yields a last output with finish_reason "abort". Unknown ids are no error."""
         self._command(lambda: self._abort(request_id))
+
+    def explain(self) -> Explanation:
+        """What was chosen for every socket, what was refused and why, and where each setting is from."""
+        return explain_selection(self._assembly.selection, self.settings)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: encode, decode, apply_chat_template."""

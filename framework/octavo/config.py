@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -109,8 +110,8 @@ class EngineConfig(BaseModel):
     """which plugins may load"""
 
     @classmethod
-    def create(cls, **settings: Any) -> EngineConfig:
-        """Build from keyword arguments.
+    def create(cls, *, _sources: Mapping[str, str] | None = None, **settings: Any) -> EngineConfig:
+        """Build from keyword arguments; `_sources` says of a setting where it is from, for the error's text.
 
         Raises:
             ConfigError: unknown settings (the nearest name is given) and wrong values, all together.
@@ -118,7 +119,7 @@ class EngineConfig(BaseModel):
         try:
             return cls(**settings)
         except ValidationError as error:
-            raise ConfigError("; ".join(_fault(fault) for fault in error.errors())) from error
+            raise ConfigError("; ".join(_fault(fault, _sources or {}) for fault in error.errors())) from error
 
     @field_validator("attention", "quantization", "scheduler", "executor", mode="before")
     @classmethod
@@ -130,12 +131,17 @@ def _component(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
 
 
-def _fault(fault: Any) -> str:
+def _fault(fault: Any, sources: Mapping[str, str]) -> str:
     """One of pydantic's faults as a sentence."""
-    name = ".".join(str(part) for part in fault["loc"])
+    *outer, key = (str(part) for part in fault["loc"])
+    name = ".".join([*outer, key])
+    source = sources.get(fault["loc"][0], "argument")
+    place = "" if source == "argument" else f" ({source})"
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, EngineConfig.model_fields, n=1)
+        fields = PluginsConfig.model_fields if outer == ["plugins"] else EngineConfig.model_fields
+        known = [".".join([*outer, one]) for one in fields]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"There is no setting {name!r}.{hint} Settings: {', '.join(EngineConfig.model_fields)}"
+        return f"There is no setting {name!r}{place}.{hint} Settings: {', '.join(known)}"
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return f"{name}={fault['input']!r}: {message}" if name else message
+    return f"{name}={fault['input']!r}{place}: {message}"

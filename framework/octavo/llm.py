@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
 import time
@@ -12,32 +13,40 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from octavo.assemble import assemble
-from octavo.config import EngineConfig
 from octavo.engine.stats import EngineStats
 from octavo.errors import RequestError
+from octavo.explanation import Explanation, explain_selection
 from octavo.input_processor import Prompt
 from octavo.interfaces.manifest import Manifest
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+from octavo.settings import Settings, as_settings
 from octavo.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
 
 class LLM:
-    """A model, loaded and ready. `LLM("demo")`, or every field of EngineConfig by name.
+    """A model, loaded and ready. `LLM("demo")`, every field of EngineConfig by name, or a YAML file with the same.
 
     Usable as a context manager; `shutdown()` frees the model's memory.
     """
 
-    def __init__(self, model: str = "demo", **settings: Any) -> None:
+    def __init__(
+        self, model: str | None = None, *, config: str | os.PathLike[str] | Settings | None = None, **settings: Any
+    ) -> None:
         """Load `model` with `settings`, the fields of EngineConfig.
+
+        Args:
+            model: the field of that name; the demo model when nothing says another.
+            config: a YAML file with the same names, or settings already read; what is given here goes before it.
 
         Raises:
             ConfigError: a setting is wrong, or a named component cannot serve.
             ModelNotFoundError, CheckpointError: the model is not there or not readable.
         """
-        self.config = EngineConfig.create(model=model, **settings)
+        self.settings = as_settings(model, config, settings)
+        self.config = self.settings.config
         self._assembly = assemble(self.config)
         self.engine = self._assembly.engine
         self._request_ids = itertools.count()
@@ -95,6 +104,10 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Like `stream`, for one conversation."""
         return self.stream(self._chat_prompt(messages, True), sampling_params)
+
+    def explain(self) -> Explanation:
+        """What was chosen for every socket, what was refused and why, and where each setting is from."""
+        return explain_selection(self._assembly.selection, self.settings)
 
     def stats(self) -> EngineStats:
         """How the engine stands, and what it has done since start."""

@@ -61,5 +61,11 @@ def octavo_components() -> list[Spec]:
         ),
         CommandSpec(name="chat", summary="Talk with a model in the terminal", target="octavo.cli.chat"),
         CommandSpec(name="plugins", summary="List plugins, their states and components", target="octavo.cli.plugins"),
+        CommandSpec(
+            name="explain", summary="Show what would be chosen for a model, and why", target="octavo.cli.explain"
+        ),
+        CommandSpec(
+            name="config", summary="Check a configuration, or print its JSON schema", target="octavo.cli.config"
+        ),
         CommandSpec(name="env", summary="Describe this machine and what is installed", target="octavo.cli.env"),
     ]

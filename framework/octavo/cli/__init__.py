@@ -10,13 +10,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from octavo import __version__
 from octavo.errors import OctavoError, PluginError, UnavailableComponentError
 from octavo.plugins.host import discover
 from octavo.plugins.registry import Candidate, Registry
 from octavo.plugins.specs import Need, load_target
+
+if TYPE_CHECKING:
+    from octavo.config import PluginsConfig
 
 
 class Command(Protocol):
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    registry = Registry(discover())
+    rules = _plugin_rules(arguments)
+    registry = Registry(discover() if rules is None else discover(rules))  # type: ignore[arg-type]
     if not arguments or arguments[0].startswith("-"):
         parser = _main_parser(registry)
         parser.parse_args(arguments)
@@ -62,7 +66,24 @@ def _run(arguments: list[str]) -> int:
     command = _load(candidate)
     parser = argparse.ArgumentParser(prog=f"octavo {arguments[0]}", description=candidate.spec.summary)
     command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments[1:]))
+    rest = arguments[1:]
+    if parser.get_default("component_options") is None:
+        return command.run(parser.parse_args(rest))
+    from octavo.cli.engine_options import add_component_help, split_component_options
+
+    if "--help" in rest or "-h" in rest:
+        add_component_help(parser, registry)
+    rest, component_options = split_component_options(rest)
+    return command.run(parser.parse_args(rest, argparse.Namespace(component_options=component_options)))
+
+
+def _plugin_rules(arguments: list[str]) -> PluginsConfig | None:
+    """Which plugins may load, where the arguments or a configuration file have a say: before any is imported."""
+    if "OCTAVO_CONFIG" not in os.environ and not any(word.startswith(("--plugins.", "--config")) for word in arguments):
+        return None
+    from octavo.cli.engine_options import plugin_settings
+
+    return plugin_settings(arguments)
 
 
 def _main_parser(registry: Registry) -> argparse.ArgumentParser:

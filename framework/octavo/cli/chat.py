@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     params = sampling_params(args)
     beginning = [{"role": "system", "content": args.system}] if args.system else []
-    with LLM(**engine_settings(args)) as llm:
+    with LLM(config=engine_settings(args)) as llm:
         if sys.stdin.isatty():
             import readline  # noqa: F401  arrow keys and history in input()
 

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = args.prompts or [sys.stdin.read()]
     if not all(prompt.strip() for prompt in prompts):
         raise RequestError("The prompt is empty: give a text, or send one on standard input.")
-    with LLM(**engine_settings(args)) as llm:
+    with LLM(config=engine_settings(args)) as llm:
         for prompt in prompts:
             if len(prompts) > 1:
                 print(f">>> {prompt}")

@@ -1,0 +1,87 @@
+"""What a configuration may hold, given what is installed: checked component by component, or as a JSON schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from octavo.config import ComponentConfig, EngineConfig
+from octavo.errors import ConfigError, PluginError
+from octavo.plugins.options import checked_options, options_model
+from octavo.plugins.registry import Registry
+from octavo.plugins.specs import Spec
+
+SCHEMA = "https://json-schema.org/draft/2020-12/schema"
+KINDS = ("attention", "quantization", "scheduler", "executor")
+
+
+def check_components(registry: Registry, config: EngineConfig) -> None:
+    """Check that every component named is installed and takes its options.
+
+    Raises:
+        UnknownNameError, UnavailableComponentError, ConfigError: of the first that is not or does not.
+    """
+    for kind, wish in _wishes(config):
+        if wish.name != "auto":
+            checked_options(registry.find(kind, wish.name).spec, wish.options)
+        elif wish.options:
+            raise ConfigError(
+                f"{kind} has the options {', '.join(wish.options)} but no name; an option belongs to a component. "
+                f"Name one: {', '.join(registry.short_name(one) for one in registry.candidates(kind))}."
+            )
+
+
+def config_schema(registry: Registry) -> dict[str, Any]:
+    """The JSON schema (2020-12) of a configuration file: EngineConfig, each socket with its installed components.
+
+    A component whose options cannot be described, because their model does not import, is allowed any.
+    """
+    schema = {"$schema": SCHEMA, **EngineConfig.model_json_schema()}
+    schema["title"] = "Octavo configuration"
+    schema["description"] = "Settings of an engine, as `--config FILE` reads them."
+    definitions = schema["$defs"]
+    for unused in ("AttentionConfig", "ComponentConfig"):
+        definitions.pop(unused)
+    for kind in KINDS:
+        description = schema["properties"][kind]["description"]
+        choices = list(_component_schemas(registry, kind, definitions))
+        if kind == "attention":
+            definitions["attention_side"] = {"anyOf": choices}
+            side = {"$ref": "#/$defs/attention_side"}
+            apart = {"type": "object", "properties": {"prefill": side, "decode": side}, "additionalProperties": False}
+            choices = [side, apart]
+        schema["properties"][kind] = {"description": description, "default": "auto", "anyOf": choices}
+    return schema
+
+
+def _component_schemas(registry: Registry, kind: str, definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    candidates = registry.candidates(kind)
+    names = sorted({registry.short_name(one) for one in candidates} | {one.full_name for one in candidates})
+    yield {"enum": ["auto", *names]}
+    for candidate in candidates:
+        definition = f"{kind}:{candidate.full_name}"
+        name = {"enum": sorted({registry.short_name(candidate), candidate.full_name})}
+        definitions[definition] = _options_schema(candidate.spec, definitions)
+        definitions[definition]["properties"]["name"] = name
+        definitions[definition]["required"] = ["name"]
+        yield {"$ref": f"#/$defs/{definition.replace('/', '~1')}"}
+
+
+def _options_schema(spec: Spec, definitions: dict[str, Any]) -> dict[str, Any]:
+    try:
+        model = options_model(spec)
+    except PluginError as error:
+        return {"type": "object", "description": f"{spec.summary} (options not known: {error})", "properties": {}}
+    if model is None:
+        return {"type": "object", "description": spec.summary, "properties": {}, "additionalProperties": False}
+    schema = model.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(schema.pop("$defs", {}))
+    return {**schema, "description": spec.summary, "additionalProperties": False}
+
+
+def _wishes(config: EngineConfig) -> Iterator[tuple[str, ComponentConfig]]:
+    for side in config.attention.wishes:
+        yield "attention", side
+    yield "quantization", config.quantization
+    yield "scheduler", config.scheduler
+    yield "executor", config.executor

@@ -1,0 +1,228 @@
+"""Explanation: what was chosen for every socket, what was refused and why, and where each setting is from.
+
+Made from the very Selection an engine is built from, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from octavo.interfaces.manifest import ChosenComponent
+from octavo.plugins.registry import Candidate, Choice
+from octavo.plugins.specs import SPEC_KINDS
+from octavo.selection import Selection, select
+from octavo.settings import AUTO, DEFAULT, Settings, Source, as_settings
+
+SOCKETS = ("checkpoint", "model", "quantization", "attention.prefill", "attention.decode", "scheduler", "executor")
+"""In the order they are shown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainedCandidate:
+    """One component that was asked. `reasons` are sentences; none and not chosen: another was preferred."""
+
+    name: str
+    plugin: str
+    distribution: str
+    version: str
+    priority: int
+    chosen: bool
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainedSocket:
+    """One socket: every candidate, and the error that starting an engine would raise, if any."""
+
+    name: str
+    asked_name: str
+    candidates: tuple[ExplainedCandidate, ...]
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EffectiveSetting:
+    """A value as the engine uses it; `value` is plain data."""
+
+    name: str
+    value: object
+    source: Source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """`str()` is the table that `octavo explain` prints.
+
+    Attributes:
+        sockets: in the order of SOCKETS.
+        failed_plugins: name -> state, reason and place, of each plugin that is not loaded.
+    """
+
+    model: str
+    model_path: str
+    architecture: str
+    sockets: tuple[ExplainedSocket, ...]
+    settings: tuple[EffectiveSetting, ...]
+    failed_plugins: Mapping[str, str]
+
+    @property
+    def can_run(self) -> bool:
+        """Whether every socket has a component."""
+        return not any(socket.error for socket in self.sockets)
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data."""
+        plain = asdict(self)
+        plain["settings"] = [
+            {"name": one.name, "value": one.value, "source": one.source.kind, "from": one.source.detail}
+            for one in self.settings
+        ]
+        return plain
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def explain(
+    model: str | None = None, *, config: str | os.PathLike[str] | Settings | None = None, **settings: Any
+) -> Explanation:
+    """What LLM with these arguments would choose, and why; nothing is loaded.
+
+    Raises:
+        ConfigError: a setting is wrong. That a component cannot serve is in the explanation.
+        ModelNotFoundError, CheckpointError: the model is not there or not readable.
+    """
+    read = as_settings(model, config, settings)
+    return explain_selection(select(read.config), read)
+
+
+def explain_selection(selection: Selection, settings: Settings) -> Explanation:
+    """A selection as an explanation."""
+    return Explanation(
+        model=selection.config.model,
+        model_path=str(selection.files.path),
+        architecture=selection.files.model_config.architecture,
+        sockets=tuple(_socket(name, selection) for name in SOCKETS),
+        settings=tuple(_effective(selection, settings)),
+        failed_plugins={plugin.name: plugin.fault for plugin in selection.registry.failed_plugins},
+    )
+
+
+def _socket(name: str, selection: Selection) -> ExplainedSocket:
+    choice = selection.choices[name]
+    return ExplainedSocket(
+        name=name,
+        asked_name=_wishes(selection).get(name, "auto"),
+        candidates=tuple(_candidate(one) for one in choice.candidates),
+        error=None if choice.error is None else str(choice.error),
+    )
+
+
+def _wishes(selection: Selection) -> dict[str, str]:
+    config = selection.config
+    prefill, decode = config.attention.wishes
+    return {
+        "quantization": config.quantization.name,
+        "attention.prefill": prefill.name,
+        "attention.decode": decode.name,
+        "scheduler": config.scheduler.name,
+        "executor": config.executor.name,
+    }
+
+
+def _candidate(one: Candidate) -> ExplainedCandidate:
+    return ExplainedCandidate(
+        name=one.spec.name,
+        plugin=one.plugin.name,
+        distribution=one.plugin.distribution,
+        version=one.plugin.version,
+        priority=one.spec.priority,
+        chosen=one.chosen,
+        reasons=one.reasons,
+    )
+
+
+# ------------------------------------------------------------------------------------------- effective settings
+
+
+def _effective(selection: Selection, settings: Settings) -> Iterator[EffectiveSetting]:
+    """Every setting, "auto" replaced by what it came to; the components' own options after their component."""
+    found = {"device": selection.device, "dtype": selection.dtype, "max_model_len": selection.max_model_len}
+    components = _wishes(selection)
+    for name in type(selection.config).model_fields:
+        value: object = getattr(selection.config, name)
+        source = settings.source(name)
+        if name == "plugins":
+            for key, inner in selection.config.plugins.model_dump().items():
+                yield EffectiveSetting(name=f"{name}.{key}", value=inner, source=settings.source(f"{name}.{key}"))
+        elif sockets := [socket for socket in components if socket.partition(".")[0] == name]:
+            choices = [selection.choices[socket] for socket in sockets]
+            if len(sockets) == 2 and choices[0].component == choices[1].component:
+                sockets, choices = [name], choices[:1]
+            for socket, choice in zip(sockets, choices, strict=True):
+                yield from _component_settings(socket, choice, settings)
+        elif value in (None, "auto"):
+            yield EffectiveSetting(name=name, value=found.get(name, value), source=AUTO if name in found else source)
+        else:
+            yield EffectiveSetting(name=name, value=value, source=source)
+
+
+def _component_settings(socket: str, choice: Choice, settings: Settings) -> Iterator[EffectiveSetting]:
+    component: ChosenComponent | None = choice.component
+    side_source, own_source = settings.source(f"{socket}.name"), settings.source(f"{socket.partition('.')[0]}.name")
+    source = side_source if side_source is not DEFAULT else own_source
+    yield EffectiveSetting(
+        name=socket,
+        value=None if component is None else component.full_name,
+        source=AUTO if source is DEFAULT else source,
+    )
+    for option, value in (component.options if component is not None else {}).items():
+        side_source = settings.source(f"{socket}.{option}")
+        own_source = settings.source(f"{socket.partition('.')[0]}.{option}")
+        yield EffectiveSetting(
+            name=f"{socket}.{option}", value=value, source=side_source if side_source is not DEFAULT else own_source
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- text
+
+
+def _lines(explanation: Explanation) -> Iterator[str]:
+    yield f"{explanation.model}: {explanation.architecture}, {explanation.model_path}"
+    name_width = max(len(_label(one)) for socket in explanation.sockets for one in socket.candidates)
+    origin_width = max(len(_origin(one)) for socket in explanation.sockets for one in socket.candidates)
+    for socket in explanation.sockets:
+        asked = "" if socket.asked_name == "auto" else f", {socket.asked_name!r} was asked for"
+        yield f"\n{SPEC_KINDS[socket.name.partition('.')[0]].noun} ({socket.name}){asked}"
+        for one in socket.candidates:
+            verdict = "chosen" if one.chosen else "; ".join(one.reasons) or "could serve"
+            mark = "*" if one.chosen else " "
+            yield f"  {mark} {_label(one):<{name_width}}  {_origin(one):<{origin_width}}  {verdict}"
+        if not socket.candidates:
+            yield "    none installed"
+        if socket.error:
+            yield f"  ! {socket.error}"
+    if explanation.failed_plugins:
+        yield "\nplugins that are not loaded"
+        yield from (f"  {name}: {fault}" for name, fault in explanation.failed_plugins.items())
+    yield "\nsettings"
+    rows = [(one.name, _shown(one.value), str(one.source)) for one in explanation.settings]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    yield from (f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
+
+
+def _label(one: ExplainedCandidate) -> str:
+    return f"{one.plugin}/{one.name}"
+
+
+def _origin(one: ExplainedCandidate) -> str:
+    return f"{one.distribution} {one.version}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else str(value)
