@@ -25,10 +25,20 @@ def check_components(registry: Registry, config: EngineConfig) -> None:
         if wish.name != "auto":
             checked_options(registry.find(kind, wish.name).spec, wish.options)
         elif wish.options:
-            raise ConfigError(
-                f"{kind} has the options {', '.join(wish.options)} but no name; an option belongs to a component. "
-                f"Name one: {', '.join(registry.short_name(one) for one in registry.candidates(kind))}."
-            )
+            _check_options_of_any(registry, kind, wish)
+
+
+def _check_options_of_any(registry: Registry, kind: str, wish: ComponentConfig) -> None:
+    """Options without a name go to whichever component is taken; one at least must take them."""
+    faults = []
+    for candidate in registry.candidates(kind):
+        try:
+            checked_options(candidate.spec, wish.options)
+        except ConfigError as error:
+            faults.append(str(error))
+        else:
+            return
+    raise ConfigError(f"No {kind} component takes these options: {' '.join(faults)}")
 
 
 def config_schema(registry: Registry) -> dict[str, Any]:

@@ -7,14 +7,18 @@ What is given by name goes before the environment, the environment before the fi
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from octavo.config import ComponentConfig, EngineConfig
 from octavo.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "OCTAVO_"
 CONFIG_FILE = "OCTAVO_CONFIG"
@@ -165,10 +169,18 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[Keys, object
             continue
         path = tuple(variable.removeprefix(PREFIX).lower().split("__"))
         if not variable.startswith(PREFIX) or path[0] not in EngineConfig.model_fields:
-            continue  # other programs', and other variables of ours
+            _warn_of_misspelling(variable)
+            continue
         value = parse_value(text) if path[0] in _COMPONENTS else text
         for leaf, one in _leaves(_tree({path: value})):
             yield leaf, one, source
+
+
+def _warn_of_misspelling(variable: str) -> None:
+    """A variable may be another program's, or of a later version: no error, but not passed over in silence either."""
+    known = [PREFIX + name.upper() for name in EngineConfig.model_fields]
+    if variable.startswith(PREFIX) and (near := get_close_matches(variable, known, n=1, cutoff=0.85)):
+        logger.warning("The environment variable %s is no setting and is ignored; did you mean %s?", variable, near[0])
 
 
 # ------------------------------------------------------------------------------------------------ trees and paths

@@ -10,16 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from octavo import __version__
 from octavo.errors import OctavoError, PluginError, UnavailableComponentError
-from octavo.plugins.host import discover
+from octavo.plugins.host import PluginRules, discover
 from octavo.plugins.registry import Candidate, Registry
 from octavo.plugins.specs import Need, load_target
-
-if TYPE_CHECKING:
-    from octavo.config import PluginsConfig
 
 
 class Command(Protocol):
@@ -55,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    rules = _plugin_rules(arguments)
-    registry = Registry(discover() if rules is None else discover(rules))  # type: ignore[arg-type]
+    registry = Registry(discover(_plugin_rules(arguments)))
     if not arguments or arguments[0].startswith("-"):
         parser = _main_parser(registry)
         parser.parse_args(arguments)
@@ -77,13 +73,13 @@ def _run(arguments: list[str]) -> int:
     return command.run(parser.parse_args(rest, argparse.Namespace(component_options=component_options)))
 
 
-def _plugin_rules(arguments: list[str]) -> PluginsConfig | None:
+def _plugin_rules(arguments: list[str]) -> PluginRules | None:
     """Which plugins may load, where the arguments or a configuration file have a say: before any is imported."""
     if "OCTAVO_CONFIG" not in os.environ and not any(word.startswith(("--plugins.", "--config")) for word in arguments):
         return None
     from octavo.cli.engine_options import plugin_settings
 
-    return plugin_settings(arguments)
+    return PluginRules(**plugin_settings(arguments).model_dump())
 
 
 def _main_parser(registry: Registry) -> argparse.ArgumentParser:
