@@ -11,8 +11,8 @@ import pytest
 
 from octavo import interfaces
 from octavo.errors import PluginError
-from octavo.plugins import host
-from octavo.plugins.host import BUILTIN, Plugin, PluginHost, PluginState, discover
+from octavo.plugins import hookspecs, host
+from octavo.plugins.host import BUILTIN, Plugin, PluginHost, PluginRules, PluginState, discover
 from octavo.plugins.specs import Spec, load_target
 
 SOCKETS = {
@@ -43,7 +43,7 @@ def returning(expression: str) -> str:
 
 
 def plugins_named(name: str, environ: dict[str, str] | None = None) -> list[Plugin]:
-    return [plugin for plugin in discover(environ or {}) if plugin.name == name]
+    return [plugin for plugin in discover(PluginRules.from_environ(environ or {})) if plugin.name == name]
 
 
 def plugin_named(name: str, environ: dict[str, str] | None = None) -> Plugin:
@@ -63,14 +63,14 @@ def test_installed_plugin_brings_its_components_with_name_distribution_and_versi
 
 
 def test_builtins_are_a_plugin_like_any_other() -> None:
-    plugin = discover({})[0]
+    plugin = discover(PluginRules())[0]
     assert (plugin.name, plugin.distribution, plugin.state) == ("builtin", "octavo", PluginState.OK), plugin.fault
     assert {"attention", "quantization", "scheduler", "model", "executor", "checkpoint", "command"} == {
         spec.kind for spec in plugin.specs
     }
 
 
-@pytest.mark.parametrize("spec", discover({})[0].specs, ids=lambda spec: f"{spec.kind}-{spec.name}")
+@pytest.mark.parametrize("spec", discover(PluginRules())[0].specs, ids=lambda spec: f"{spec.kind}-{spec.name}")
 def test_target_of_a_builtin_is_of_its_kind(spec: Spec) -> None:
     target = load_target(spec.target)
     if spec.kind == "command":
@@ -113,7 +113,10 @@ def test_plugin_that_does_not_import_is_broken_with_its_own_line(site_packages: 
     file = site_packages.install("lottery", "x = 1\nimport no_such_gpu_library\n")
     plugin = plugin_named("lottery")
     assert plugin.state is PluginState.BROKEN
-    assert plugin.reason == "ModuleNotFoundError: No module named 'no_such_gpu_library'"
+    assert plugin.reason == (
+        "ModuleNotFoundError: No module named 'no_such_gpu_library'; install the package that holds "
+        "'no_such_gpu_library' (`pip install dummy-lottery` brings what the plugin declares)"
+    )
     assert plugin.location == f"{file}:2"
     assert isinstance(plugin.error, ModuleNotFoundError)
 
@@ -133,7 +136,10 @@ def test_syntax_error_is_located(site_packages: Any) -> None:
 def test_module_that_is_not_there_is_broken(site_packages: Any) -> None:
     site_packages.install("lottery", SOUND).unlink()
     site_packages.path.joinpath("dummy_lottery").rmdir()
-    assert plugin_named("lottery").reason == "ModuleNotFoundError: No module named 'dummy_lottery'"
+    assert plugin_named("lottery").reason == (
+        "its entry point names the module 'dummy_lottery', but 'dummy_lottery' is not there; "
+        "install it again: `pip install --force-reinstall dummy-lottery`"
+    )
 
 
 def test_broken_plugin_does_not_stop_the_others(site_packages: Any) -> None:
@@ -151,7 +157,7 @@ def test_plugin_that_calls_exit_does_not_end_the_process(site_packages: Any) -> 
 def test_ctrl_c_during_an_import_is_not_swallowed(site_packages: Any) -> None:
     site_packages.install("lottery", "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
-        discover({})
+        discover(PluginRules())
 
 
 def test_hook_that_raises_is_broken_with_its_own_line(site_packages: Any) -> None:
@@ -175,7 +181,14 @@ def test_spec_of_wrong_shape_is_reported_at_the_line_that_makes_it(site_packages
         (returning("['lottery']"), "octavo_components() returned 'lottery', which is none of AttentionSpec, "),
         (SOUND.replace("@hookimpl", ""), "octavo_components() is not marked: write @octavo.hookimpl above it"),
         ('OCTAVO_API = "1.0"', "it defines no octavo_components(); that hook returns the specs of what it brings"),
-        (SOUND.replace("components()", "components(core)"), "PluginValidationError: "),
+        (
+            SOUND.replace("components()", "components(core, x=1)"),
+            "octavo_components(core) asks for arguments, but it is called with none: write def octavo_components():",
+        ),
+        (
+            SOUND.replace("@hookimpl", "@hookimpl(wrapper=True)"),
+            "octavo_components() must be a plain function: ",
+        ),
         (
             returning("[SchedulerSpec(name='a', target='b:C')] * 2"),
             "octavo_components() returned two components of kind scheduler named 'a'",
@@ -212,7 +225,7 @@ def with_api(statement: str) -> str:
 def test_plugin_of_the_same_major_and_no_newer_minor_loads(
     site_packages: Any, monkeypatch: pytest.MonkeyPatch, api: str
 ) -> None:
-    monkeypatch.setattr(host, "PLUGIN_API", (1, 3))
+    monkeypatch.setattr(hookspecs, "PLUGIN_API", (1, 3))
     site_packages.install("lottery", with_api(f'OCTAVO_API = "{api}"'))
     assert plugin_named("lottery").state is PluginState.OK
 
@@ -221,7 +234,7 @@ def test_plugin_of_the_same_major_and_no_newer_minor_loads(
 def test_other_plugin_is_incompatible_and_told_both_numbers(
     site_packages: Any, monkeypatch: pytest.MonkeyPatch, api: str
 ) -> None:
-    monkeypatch.setattr(host, "PLUGIN_API", (1, 3))
+    monkeypatch.setattr(hookspecs, "PLUGIN_API", (1, 3))
     site_packages.install("lottery", with_api(f'OCTAVO_API = "{api}"'))
     plugin = plugin_named("lottery")
     assert plugin.state is PluginState.INCOMPATIBLE
@@ -286,13 +299,17 @@ def test_plugin_outside_the_allow_list_is_never_imported(site_packages: Any) -> 
 
 def test_empty_allow_list_leaves_the_builtins_alone(site_packages: Any) -> None:
     site_packages.install("lottery", SOUND)
-    assert [plugin.name for plugin in discover({"OCTAVO_PLUGINS": ""}) if plugin.state is PluginState.OK] == ["builtin"]
+    plugins = discover(PluginRules.from_environ({"OCTAVO_PLUGINS": ""}))
+    assert [plugin.name for plugin in plugins if plugin.state is PluginState.OK] == ["builtin"]
 
 
 def test_plugin_that_a_pattern_of_the_deny_list_matches_is_never_imported(site_packages: Any) -> None:
     site_packages.install("lottery", SOUND)
     plugin = plugin_named("lottery", {"OCTAVO_DISABLE_PLUGINS": "x,lot*"})
-    assert (plugin.state, plugin.reason) == (PluginState.DISABLED, "OCTAVO_DISABLE_PLUGINS lists lot*")
+    assert (plugin.state, plugin.reason) == (
+        PluginState.DISABLED,
+        "the deny-list (OCTAVO_DISABLE_PLUGINS, plugins.deny) names lot*",
+    )
     assert "dummy_lottery" not in sys.modules
 
 

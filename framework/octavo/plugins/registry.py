@@ -6,14 +6,16 @@ plugins -> [registry] -> ChosenComponent -> manifest. Importing this module impo
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
 
-from octavo.errors import OctavoError, UnavailableComponentError, UnknownNameError
-from octavo.plugins.host import Plugin, PluginState, discover
+from octavo.errors import OctavoError, PluginError, UnavailableComponentError, UnknownNameError
+from octavo.plugins.host import Plugin, PluginRules, PluginState, discover
+from octavo.plugins.known_packages import KNOWN_PACKAGES, packages_to_install
 from octavo.plugins.options import checked_options
 from octavo.plugins.specs import SPEC_KINDS, Need, Spec
 
@@ -172,7 +174,7 @@ class Registry:
             if not candidate.reasons:
                 return candidate
         lines = [f"\n  {one.full_name}: {'; '.join(one.reasons)}" for one in asked]
-        advice = need.advice(one.spec for one in asked)
+        advice = self._package_to_install(kind, need) or need.advice(one.spec for one in asked)
         failed = self.failed_plugins
         raise UnavailableComponentError(
             f"No installed {SPEC_KINDS[kind].noun} can serve this.{''.join(lines)}"
@@ -183,29 +185,56 @@ class Registry:
     def _raise_not_found(self, kind: str, name: str) -> NoReturn:
         noun = SPEC_KINDS[kind].noun
         for plugin in self.failed_plugins:
-            if _would_likely_bring(plugin, name):
+            if _would_likely_bring(plugin, kind, name):
                 raise UnavailableComponentError(
                     f"{noun} {name!r} cannot be used: plugin {plugin.name!r}, which would likely bring it, "
                     f"did not load, {plugin.fault}"
                 ) from plugin.error
         known = sorted({self.short_name(one) for one in self._candidates[kind]})
         near = get_close_matches(name, {*known, *(one.full_name for one in self._candidates[kind])}, n=1)
+        hint = self._package_to_install(kind, name) or (f"Did you mean {near[0]!r}?" if near else "")
         raise UnknownNameError(
             f"No {noun} named {name!r}. Installed: {', '.join(known) or 'none'}. "
-            + (f"Did you mean {near[0]!r}? " if near else "")
+            + (f"{hint} " if hint else "")
             + "`octavo plugins` lists every plugin and why one failed to load."
         )
 
+    def _package_to_install(self, kind: str, wanted: str | Need) -> str:
+        return packages_to_install(kind, wanted, (plugin.distribution for plugin in self.plugins))
 
-def default_registry(rules: PluginsConfig | None = None) -> Registry:
-    """The registry of this environment, with one warning for each plugin that failed to load."""
-    registry = Registry(discover())
-    for plugin in registry.failed_plugins:
-        if plugin.state is not PluginState.DISABLED:  # that was on purpose
-            logger.warning("Plugin %s did not load, %s", plugin.name, plugin.fault)
+
+def default_registry(rules: PluginRules | PluginsConfig | None = None) -> Registry:
+    """The registry of this environment, with one warning for each plugin that failed to load.
+
+    Args:
+        rules: which plugins may load; rules that say nothing leave it to the environment.
+
+    Raises:
+        PluginError: in strict mode, one that names every plugin that failed.
+    """
+    given = PluginRules() if rules is None else PluginRules(allow=rules.allow, deny=rules.deny, strict=rules.strict)
+    if given == PluginRules():
+        given = PluginRules.from_environ(os.environ)
+    registry = Registry(discover(given))
+    faulty = [plugin for plugin in registry.plugins if plugin.faulty]
+    if given.strict and faulty:
+        lines = [f"\n  {plugin.name} {plugin.fault}" for plugin in faulty]
+        raise PluginError(
+            f"Plugins are strict (OCTAVO_STRICT_PLUGINS, plugins.strict), and these did not load:{''.join(lines)}\n"
+            "Repair or uninstall them, or name them in the deny-list (OCTAVO_DISABLE_PLUGINS, plugins.deny)."
+        ) from next((plugin.error for plugin in faulty if plugin.error), None)
+    for plugin in faulty:
+        logger.warning("Plugin %s did not load, %s", plugin.name, plugin.fault)
     return registry
 
 
-def _would_likely_bring(plugin: Plugin, name: str) -> bool:
-    """Whether a plugin whose specs are unknown sounds like the one: 'gptq' and 'quant-gptq/gptq' name 'quant-gptq'."""
-    return name.partition("/")[0] in (plugin.name, plugin.distribution) or name in re.split(r"[-_.]", plugin.name)
+def _would_likely_bring(plugin: Plugin, kind: str, name: str) -> bool:
+    """Whether a plugin whose specs are unknown is known to bring it, or sounds so: 'gptq' names 'quant-gptq'."""
+    return (
+        any(
+            known.distribution == plugin.distribution and known.kind == kind and known.brings(name)
+            for known in KNOWN_PACKAGES
+        )
+        or name.partition("/")[0] in (plugin.name, plugin.distribution)
+        or name in re.split(r"[-_.]", plugin.name)
+    )

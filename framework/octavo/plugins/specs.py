@@ -87,7 +87,7 @@ class Spec:
         requires: top-level modules that must be importable (found, not imported).
         install: what to type when one of `requires` is missing.
         devices, dtypes: what it runs on; empty means any.
-        features: optional abilities a need may ask for.
+        features: optional abilities a need may ask for, of `known_features`.
         priority: `auto` takes the highest that has no reason against it.
         probe: "package.module:function", called with the need, returns a list of reasons; runs last.
         options: "package.module:PydanticModel" of the component's own options; the target is then constructed with
@@ -96,6 +96,7 @@ class Spec:
 
     kind: ClassVar[str] = ""
     noun: ClassVar[str] = "component"  # the kind in a sentence
+    known_features: ClassVar[tuple[str, ...]] = ()  # what needs of this kind may ask for
 
     name: str
     target: str
@@ -111,7 +112,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         """Refuse a field of the wrong shape here, where the traceback still leads to the plugin's own line."""
-        if faults := [*self._name_faults(), *self._target_faults(), *self._type_faults()]:
+        if faults := [*self._name_faults(), *self._target_faults(), *self._type_faults(), *self._feature_faults()]:
             raise PluginError(f"{type(self).__name__}(name={self.name!r}): {'; '.join(faults)}")
 
     def why_not(self, need: Need) -> list[str]:
@@ -169,16 +170,25 @@ class Spec:
             if not isinstance(value := getattr(self, field.name), type(field.default))
         ]
 
+    def _feature_faults(self) -> list[str]:
+        """A misspelt feature would never be asked for."""
+        known = self.known_features
+        return [
+            f"there is no feature {feature!r} of {self.noun}s; there are: {_list(known) or 'none'}"
+            for feature in (sorted(self.features - set(known)) if isinstance(self.features, frozenset) else ())
+        ]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSpec(Spec):
-    """An `octavo.interfaces.AttentionBackend`. Features: "prefill", "decode", "sliding_window".
+    """An `octavo.interfaces.AttentionBackend`.
 
     One backend may serve prefill and another decode when both declare the same `kv_layout`.
     """
 
     kind: ClassVar[str] = "attention"
     noun: ClassVar[str] = "attention backend"
+    known_features: ClassVar[tuple[str, ...]] = ("prefill", "decode", "sliding_window")
 
     head_sizes: tuple[int, ...] = ()  # empty: any
     block_sizes: tuple[int, ...] = ()  # empty: any

@@ -1,0 +1,78 @@
+"""First-party packages outside the core and what they bring, so that an error can name the one to install.
+
+Data only: the core imports none of them, and works the same when none is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo.plugins.specs import CheckpointNeed, ModelNeed, Need, QuantizationNeed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownPackage:
+    """What one package brings of one kind.
+
+    Attributes:
+        names: of its components.
+        serves: what they are chosen by when no name is given: a model's architectures, a checkpoint's file suffixes,
+            a quantization's formats; empty for other kinds.
+    """
+
+    distribution: str
+    kind: str
+    names: frozenset[str]
+    serves: frozenset[str] = frozenset()
+
+    def brings(self, name: str) -> bool:
+        """Whether a user's "name" or "plugin/name" means one of its components."""
+        plugin, _, component = name.rpartition("/")
+        return component in self.names and plugin in ("", self.distribution.removeprefix("octavo-"))
+
+    def can_serve(self, need: Need) -> bool:
+        match need:
+            case ModelNeed():
+                return need.architecture in self.serves
+            case QuantizationNeed():
+                return need.format in self.serves
+            case CheckpointNeed():
+                return need.path.endswith(tuple(self.serves))
+        return False
+
+
+KNOWN_PACKAGES = (
+    KnownPackage(
+        distribution="octavo-checkpoint-gguf",
+        kind="checkpoint",
+        names=frozenset({"gguf"}),
+        serves=frozenset({".gguf"}),
+    ),
+    KnownPackage(
+        distribution="octavo-model-qwen",
+        kind="model",
+        names=frozenset({"qwen2", "qwen3"}),
+        serves=frozenset({"Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
+    ),
+    KnownPackage(
+        distribution="octavo-scheduler-fair",
+        kind="scheduler",
+        names=frozenset({"priority", "fair"}),
+    ),
+)
+
+
+def packages_to_install(kind: str, wanted: str | Need, installed: Iterable[str]) -> str:
+    """A sentence for each package that would bring a component of this name, or one for this need; often empty.
+
+    Args:
+        installed: distributions that are here already, whatever became of their plugins.
+    """
+    here = set(installed)
+    return " ".join(
+        f"{package.distribution} brings it: `pip install {package.distribution}`."
+        for package in KNOWN_PACKAGES
+        if package.kind == kind and package.distribution not in here
+        if (package.brings(wanted) if isinstance(wanted, str) else package.can_serve(wanted))
+    )
