@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.errors import CheckpointError
-from octavo.nn.weights import WeightLoader
+from octavo.errors import CheckpointError, ConfigError
+from octavo.nn.weights import Shard, WeightLoader
 
 
 def expecting(**shapes: tuple[int, ...]) -> tuple[WeightLoader, dict[str, Tensor]]:
@@ -53,3 +53,48 @@ def test_of_many_missing_tensors_some_are_named_and_all_are_counted() -> None:
     loader, _ = expecting(**{f"layer_{index}": (1,) for index in range(50)})
     with pytest.raises(CheckpointError, match=r"50 tensors are missing: layer_0, .*layer_7 \.\.\.\.$"):
         loader.load([])
+
+
+def test_headers_alone_show_the_faults_that_loading_would_find() -> None:
+    tensors = {"a": torch.ones(3, 2), "b": torch.ones(4), "stranger": torch.ones(1)}
+    messages = []
+    for judge in (
+        lambda loader: loader.load(tensors.items()),
+        lambda loader: loader.check({name: tuple(tensor.shape) for name, tensor in tensors.items()}),
+    ):
+        loader, _ = expecting(a=(2, 3), b=(4,), c=(5,))
+        with pytest.raises(CheckpointError) as caught:
+            judge(loader)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_headers_that_fit_are_no_fault() -> None:
+    loader, received = expecting(a=(2, 3))
+    loader.check({"a": (2, 3), "rotary.inv_freq": (4,)}, ignored=("*.inv_freq",))
+    assert received == {}
+
+
+def test_what_is_expected_weighs_what_is_loaded() -> None:
+    loader, _ = expecting(a=(2, 3), b=(4,))
+    loader.expect("a", (2, 3), torch.bfloat16, lambda tensor: None)
+    expected_bytes = loader.expected_bytes
+    loader.load([("a", torch.ones(2, 3)), ("b", torch.ones(4))])
+    assert expected_bytes == loader.num_bytes == 6 * 4 + 4 * 4 + 6 * 2
+
+
+def test_a_shard_is_cut_along_its_axis_and_rounded_up() -> None:
+    assert Shard(axis=1, num_shards=4).shape((5, 10, 7)) == (5, 3, 7)
+
+
+def test_one_device_of_several_holds_its_shard() -> None:
+    loader = WeightLoader()
+    loader.expect("a", (8, 6), torch.float16, lambda tensor: None, Shard(axis=0, num_shards=4))
+    assert loader.expected_bytes == 2 * 6 * 2
+
+
+def test_cut_tensors_are_not_loaded_whole() -> None:
+    loader = WeightLoader()
+    loader.expect("a", (8, 6), torch.float16, lambda tensor: None, Shard(axis=0, num_shards=4))
+    with pytest.raises(ConfigError, match=r"shared by several devices .* Set tensor_parallel_size to 1"):
+        loader.load([("a", torch.ones(8, 6))])

@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from octavo.errors import ConfigError
 from octavo.interfaces.attention import AttentionBackend
 from octavo.interfaces.model import AttentionLayer, LayerFactory, Norm, Unary
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
 from octavo.interfaces.quantization import QuantizationMethod
 from octavo.nn.attention import Attention
 from octavo.nn.embedding import Embedding
-from octavo.nn.linear import Linear, StackedLinear
+from octavo.nn.linear import Linear, LinearPart, StackedLinear
 from octavo.nn.norm import RMSNorm
 from octavo.nn.weights import WeightLoader
 
 
-class DeviceLayerFactory(LayerFactory):
-    """Layers on one device, their weights expected from `loader`."""
+def heads_of_one_rank(num_heads: int, num_kv_heads: int, num_ranks: int) -> tuple[int, int]:
+    """(query heads, KV heads) that each of `num_ranks` devices has; fewer KV heads than devices are repeated.
 
-    def __init__(self, method: QuantizationMethod, backend: AttentionBackend, loader: WeightLoader) -> None:
+    Raises:
+        ConfigError: whole heads cannot be dealt out evenly.
+    """
+    if num_heads % num_ranks or (num_kv_heads % num_ranks and num_ranks % num_kv_heads):
+        raise ConfigError(
+            f"tensor_parallel_size={num_ranks} does not part {num_heads} query heads and {num_kv_heads} KV heads "
+            "evenly: it must divide the query heads, and divide the KV heads or be a multiple of them."
+        )
+    return num_heads // num_ranks, max(1, num_kv_heads // num_ranks)
+
+
+class DeviceLayerFactory(LayerFactory):
+    """Layers of one device, their weights expected from `loader`; with several ranks, one rank's share of each.
+
+    Attributes:
+        linears: every linear made so far but the head: what LoRA adapters may be trained for.
+        num_weights: numbers in the whole layers made so far, before quantization; a tied head's are counted again.
+    """
+
+    def __init__(
+        self, method: QuantizationMethod, backend: AttentionBackend, loader: WeightLoader, num_ranks: int = 1
+    ) -> None:
+        self.linears: list[LinearPart] = []
+        self.num_weights = 0
         self._method = method
         self._backend = backend
         self._loader = loader
+        self._num_ranks = num_ranks
 
     def linear(self, prefix: str, in_features: int, out_features: int, *, bias: bool = False) -> Unary:
-        return Linear(self._method, self._loader, [prefix], in_features, [out_features], bias=bias)
+        part = LinearPart(
+            prefix=prefix,
+            in_features=in_features,
+            out_features=out_features,
+            parallel="row",
+            num_shards=self._num_ranks,
+        )
+        self.linears.append(part)
+        return self._linear([part], bias)
 
     def stacked_linear(
         self, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool = False
     ) -> StackedLinearLayer:
-        names = [f"{prefix}.{part}" for part in parts]
-        sizes = list(parts.values())
-        if self._method.can_stack:
-            linears = [Linear(self._method, self._loader, names, in_features, sizes, bias=bias)]
-        else:
-            linears = [
-                Linear(self._method, self._loader, [name], in_features, [size], bias=bias)
-                for name, size in zip(names, sizes, strict=True)
-            ]
-        return StackedLinear(linears, sizes)
+        return self._stacked(prefix, in_features, parts, [self._num_ranks] * len(parts), bias)
 
     def qkv_linear(
         self,
@@ -51,19 +75,47 @@ class DeviceLayerFactory(LayerFactory):
         bias: bool = False,
         names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
     ) -> StackedLinearLayer:
+        _, kv_heads_of_one = heads_of_one_rank(num_heads, num_kv_heads, self._num_ranks)
+        num_kv_shards = num_kv_heads // kv_heads_of_one
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        return self.stacked_linear(prefix, in_features, dict(zip(names, sizes, strict=True)), bias=bias)
+        parts = dict(zip(names, sizes, strict=True))
+        return self._stacked(prefix, in_features, parts, [self._num_ranks, num_kv_shards, num_kv_shards], bias)
 
     def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm:
+        self.num_weights += hidden_size
         return RMSNorm(self._loader, prefix, hidden_size, eps, self._method.dtype, self._method.device)
 
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary:
-        return Embedding(self._loader, prefix, vocab_size, hidden_size, self._method.dtype, self._method.device)
+        self.num_weights += vocab_size * hidden_size
+        method = self._method
+        return Embedding(self._loader, prefix, vocab_size, hidden_size, method.dtype, method.device, self._num_ranks)
 
     def head(self, prefix: str, vocab_size: int, hidden_size: int, *, tied_to: str | None) -> Unary:
-        return Linear(self._method, self._loader, [tied_to or prefix], hidden_size, [vocab_size], bias=False)
+        part = LinearPart(
+            prefix=tied_to or prefix,
+            in_features=hidden_size,
+            out_features=vocab_size,
+            num_shards=self._num_ranks,
+            padded=True,
+        )
+        return self._linear([part], bias=False)
 
     def attention(
         self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
     ) -> AttentionLayer:
         return Attention(self._backend, layer_index, head_dim, scale)
+
+    def _stacked(
+        self, prefix: str, in_features: int, parts: Mapping[str, int], num_shards: Sequence[int], bias: bool
+    ) -> StackedLinear:
+        linears = [
+            LinearPart(prefix=f"{prefix}.{name}", in_features=in_features, out_features=size, num_shards=shards)
+            for (name, size), shards in zip(parts.items(), num_shards, strict=True)
+        ]
+        self.linears += linears
+        groups = [linears] if self._method.can_stack else [[part] for part in linears]
+        return StackedLinear([self._linear(group, bias) for group in groups], list(parts.values()))
+
+    def _linear(self, parts: Sequence[LinearPart], bias: bool) -> Linear:
+        self.num_weights += sum(part.out_features * (part.in_features + bias) for part in parts)
+        return Linear(self._method, self._loader, parts, bias=bias)

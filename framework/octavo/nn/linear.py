@@ -3,18 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from octavo.interfaces.quantization import LinearShape, QuantizationMethod
-from octavo.nn.weights import WeightLoader
+from octavo.errors import ConfigError
+from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod
+from octavo.nn.weights import Shard, WeightLoader
 
 _BIAS = "bias"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearPart:
+    """One linear of the checkpoint, and how devices share it.
+
+    Attributes:
+        prefix: its checkpoint name without the parameter's suffix.
+        in_features, out_features: of the whole.
+        parallel: "column": each device has some of the outputs; "row": some of the inputs, and the products are summed.
+        num_shards: into how many it is cut; fewer than there are devices when several hold the same.
+        padded: whether the last shard may be padded; else the features must divide.
+
+    Source: Shoeybi et al. 2019, Megatron-LM, arXiv:1909.08053, section 3.
+    """
+
+    prefix: str
+    in_features: int
+    out_features: int
+    parallel: Literal["column", "row"] = "column"
+    num_shards: int = 1
+    padded: bool = False
+
+    @property
+    def shape(self) -> LinearShape:
+        return LinearShape(in_features=self.in_features, out_features=self.out_features)
+
+    def shard(self, spec: ParameterSpec) -> Shard | None:
+        """How devices share one of its tensors; None: each holds the whole.
+
+        Raises:
+            ConfigError: the tensor cannot be cut into parts of one size.
+        """
+        axis = spec.output_axis if self.parallel == "column" else spec.input_axis
+        if axis is None or self.num_shards == 1:
+            return None
+        if spec.shape[axis] % self.num_shards and not self.padded:
+            features, side = (
+                (self.out_features, "outputs") if self.parallel == "column" else (self.in_features, "inputs")
+            )
+            packed = f", {spec.pack_factor} values in each" if spec.pack_factor > 1 else ""
+            raise ConfigError(
+                f"{self.prefix}.{spec.name} cannot be cut into {self.num_shards} equal parts: its {features} {side} "
+                f"are stored as {spec.shape[axis]} elements{packed}."
+            )
+        return Shard(axis=axis, num_shards=self.num_shards)
+
+
 class Linear:
-    """y = x @ W.T + b, W being one or more parts stacked along out_features.
+    """y = x @ W.T + b, W being one or more parts of one input, stacked along out_features.
 
     x [num_tokens, in_features] -> [num_tokens, sum(out_features)]. The tensors arrive through the loader in any
     order; with the last one the method prepares them for the device and the checkpoint's copies are let go.
@@ -24,33 +73,34 @@ class Linear:
         self,
         method: QuantizationMethod,
         loader: WeightLoader,
-        prefixes: Sequence[str],
-        in_features: int,
-        out_features: Sequence[int],
+        parts: Sequence[LinearPart],
         *,
         bias: bool,
     ) -> None:
         self._method = method
-        self._shape = LinearShape(in_features=in_features, out_features=sum(out_features))
-        self._parts: list[dict[str, Tensor]] = [{} for _ in prefixes]
+        self._shape = LinearShape(
+            in_features=parts[0].in_features, out_features=sum(part.out_features for part in parts)
+        )
+        self._parts: list[dict[str, Tensor]] = [{} for _ in parts]
         self._num_awaited = 0
         self._prepared: object = None
         self._bias: Tensor | None = None
-        for part, prefix, size in zip(self._parts, prefixes, out_features, strict=True):
-            shape = LinearShape(in_features=in_features, out_features=size)
-            expected = {spec.name: (spec.shape, spec.dtype) for spec in method.parameters(prefix, shape)}
+        for tensors, part in zip(self._parts, parts, strict=True):
+            specs = method.parameters(part.prefix, part.shape)
             if bias:
-                expected[_BIAS] = ((size,), None)
-            for name, (tensor_shape, dtype) in expected.items():
+                specs = (*specs, ParameterSpec(name=_BIAS, shape=(part.out_features,), output_axis=0))
+            for spec in specs:
                 self._num_awaited += 1
-                loader.expect(f"{prefix}.{name}", tensor_shape, dtype or method.dtype, self._receiver(part, name))
+                receive = self._receiver(tensors, spec.name)
+                name, dtype = f"{part.prefix}.{spec.name}", spec.dtype or method.dtype
+                loader.expect(name, spec.shape, dtype, receive, part.shard(spec))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._method.apply(self._prepared, x, self._bias)
 
-    def _receiver(self, part: dict[str, Tensor], name: str) -> WeightLoader.Receiver:
+    def _receiver(self, tensors: dict[str, Tensor], name: str) -> WeightLoader.Receiver:
         def receive(tensor: Tensor) -> None:
-            part[name] = tensor
+            tensors[name] = tensor
             self._num_awaited -= 1
             if self._num_awaited == 0:
                 self._prepare()

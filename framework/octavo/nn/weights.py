@@ -1,65 +1,139 @@
-"""WeightLoader: takes the checkpoint's tensors one by one to the layers that expect them."""
+"""WeightLoader: what the layers expect of a checkpoint, and its tensors' way to them one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 from torch import Tensor
 
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, ConfigError
 
 _MOST_NAMED = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """How devices share a tensor: cut along `axis` into `num_shards` of one size, of which each device holds one.
+
+    The last is padded where the size does not divide. With more devices than shards, several hold the same one.
+    """
+
+    axis: int
+    num_shards: int
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Of one shard."""
+        return (*whole[: self.axis], -(-whole[self.axis] // self.num_shards), *whole[self.axis + 1 :])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectedTensor:
+    """A tensor that one layer asked for.
+
+    Attributes:
+        shape: the whole tensor's, as in the checkpoint.
+        dtype: it is kept in.
+        shard: how devices share it; None: each holds the whole.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    shard: Shard | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole tensor, as it is kept."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def num_bytes_on_device(self) -> int:
+        """Of what one device holds of it."""
+        return prod(self.shard.shape(self.shape) if self.shard else self.shape) * self.dtype.itemsize
 
 
 class WeightLoader:
     """Layers say what they expect while the model is built; `load` then streams the checkpoint through once.
 
     Attributes:
+        expected: by checkpoint name, one entry for each layer that asked: a tied head and the embedding both do, and
+            each keeps a tensor of its own.
         num_bytes: of the tensors taken so far, in the dtype they are kept in.
     """
 
     Receiver = Callable[[Tensor], None]
 
     def __init__(self) -> None:
-        self._expected: dict[str, list[tuple[tuple[int, ...], torch.dtype, WeightLoader.Receiver]]] = {}
+        self.expected: dict[str, list[ExpectedTensor]] = {}
         self.num_bytes = 0
+        self._receivers: dict[str, list[tuple[ExpectedTensor, WeightLoader.Receiver]]] = {}
 
-    def expect(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, receive: Receiver) -> None:
+    def expect(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, receive: Receiver, shard: Shard | None = None
+    ) -> None:
         """Ask for the tensor `name`; `receive` is called once with it, cast to `dtype`. Several may ask for one."""
-        self._expected.setdefault(name, []).append((shape, dtype, receive))
+        expected = ExpectedTensor(shape=shape, dtype=dtype, shard=shard)
+        self.expected.setdefault(name, []).append(expected)
+        self._receivers.setdefault(name, []).append((expected, receive))
+
+    @property
+    def expected_bytes(self) -> int:
+        """What one device will hold when everything expected has arrived: `num_bytes` after `load`."""
+        return sum(one.num_bytes_on_device for several in self.expected.values() for one in several)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
+        """Compare what a checkpoint holds, by name, with what is expected.
+
+        Args:
+            ignored: patterns (fnmatch) of names that may be there without a place in the model.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected or of another shape; all are named together.
+        """
+        unexpected = [name for name in shapes if name not in self.expected and not _matches(name, ignored)]
+        misshapen = [
+            f"{name} is {list(shapes[name])}, the configuration makes it {list(one.shape)}"
+            for name, several in self.expected.items()
+            for one in several
+            if name in shapes and shapes[name] != one.shape
+        ]
+        faults = [
+            f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{' ...' if len(names) > _MOST_NAMED else ''}"
+            for what, names in (
+                ("tensors are missing", [name for name in self.expected if name not in shapes]),
+                ("tensors have no place in this model", unexpected),
+                ("tensors have the wrong shape", misshapen),
+            )
+            if names
+        ]
+        if faults:
+            raise CheckpointError("The checkpoint does not fit the model. " + "; ".join(faults) + ".")
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], ignored: Sequence[str] = ()) -> None:
         """Deliver every tensor but those whose name matches a pattern of `ignored`, and let go of who received it.
 
         Raises:
-            CheckpointError: tensors are missing, unexpected or of another shape; all are named together.
+            CheckpointError: as `check`.
+            ConfigError: the layers are shared by several devices.
         """
-        unexpected: list[str] = []
-        misshapen: list[str] = []
+        if sharded := [name for name, several in self.expected.items() if any(one.shard for one in several)]:
+            raise ConfigError(
+                f"The model's layers are shared by several devices ({sharded[0]} and {len(sharded) - 1} other tensors "
+                "are cut), but only whole tensors are loaded. Set tensor_parallel_size to 1."
+            )
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in tensors:
-            receivers = self._expected.pop(name, None)
-            if receivers is None:
-                if not any(fnmatchcase(name, pattern) for pattern in ignored):
-                    unexpected.append(name)
-                continue
-            for shape, dtype, receive in receivers:
-                if tuple(tensor.shape) != shape:
-                    misshapen.append(f"{name} is {list(tensor.shape)}, the configuration makes it {list(shape)}")
-                    continue
-                kept = tensor.to(dtype)
-                self.num_bytes += kept.nbytes
-                receive(kept)
-        missing = list(self._expected)
-        if missing or unexpected or misshapen:
-            faults = [
-                f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{' ...' if len(names) > _MOST_NAMED else ''}"
-                for what, names in (
-                    ("tensors are missing", missing),
-                    ("tensors have no place in this model", unexpected),
-                    ("tensors have the wrong shape", misshapen),
-                )
-                if names
-            ]
-            raise CheckpointError("The checkpoint does not fit the model. " + "; ".join(faults) + ".")
+            shapes[name] = tuple(tensor.shape)
+            for expected, receive in self._receivers.pop(name, ()):
+                if shapes[name] == expected.shape:
+                    kept = tensor.to(expected.dtype)
+                    self.num_bytes += kept.nbytes
+                    receive(kept)
+        self.check(shapes, ignored)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

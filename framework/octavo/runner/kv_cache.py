@@ -1,56 +1,108 @@
-"""How many KV blocks there are, and their memory."""
+"""How many KV blocks there are: the runner asks when it allocates them, a plan asks beforehand."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from octavo.config import EngineConfig
 from octavo.errors import ConfigError
-from octavo.interfaces.attention import KVLayout
 
-# Without a number from the user: at most this much on a CPU (memory is taken as blocks are first written), and
-# at most this share of what is free.
-_DEFAULT_CPU_BYTES = 4 * 2**30
-_CPU_SHARE = 0.5
-_GPU_SHARE = 0.9
+_MOST_CPU_BYTES = 4 * 2**30
+_GPU_RESERVE = 10  # one part in so many
+_UNKNOWN_BYTES = 2 * _MOST_CPU_BYTES
 
-
-def num_kv_blocks(
-    layout: KVLayout,
-    num_layers: int,
-    *,
-    kv_cache_memory_bytes: int | None,
-    max_useful_blocks: int,
-    min_tokens: int,
-    block_size: int,
-    device: str,
-) -> int:
-    """Blocks that the memory allows, but no more than `max_useful_blocks`.
-
-    Raises:
-        ConfigError: not even `min_tokens` fit; the message has the numbers.
-    """
-    bytes_per_block = layout.bytes_per_block * num_layers
-    budget = kv_cache_memory_bytes or _free_bytes(device)
-    num_blocks = min(budget // bytes_per_block, max_useful_blocks)
-    needed = -(-min_tokens // block_size)
-    if num_blocks < needed:
-        shorter = f" or lower max_model_len to at most {num_blocks * block_size}" if num_blocks else ""
-        raise ConfigError(
-            f"The KV cache gets {budget:,} bytes, which is {num_blocks} blocks of {block_size} tokens "
-            f"({bytes_per_block:,} bytes each), but one request of {min_tokens} tokens needs {needed}. Raise "
-            f"kv_cache_memory_bytes to at least {needed * bytes_per_block:,}{shorter}."
-        )
-    return num_blocks
+DEFAULT_BUDGET_RULE = {
+    "cpu": f"half of the free memory, at most {_MOST_CPU_BYTES >> 30} GiB",
+    "cuda": f"the free memory but for 1/{_GPU_RESERVE} of the device",
+}
+"""What `kv_cache_budget` takes of each device when the user gives no number, in words."""
 
 
-def _free_bytes(device: str) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMemory:
+    """Bytes of one device; `free_bytes` is what can be taken now, on a CPU without swapping."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+def device_memory(device: str) -> DeviceMemory:
+    """Of this machine, now."""
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return max(0, int(free - (1 - _GPU_SHARE) * total))
+        return DeviceMemory(free_bytes=free, total_bytes=total)
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # macOS does not say
-        return _DEFAULT_CPU_BYTES
-    return min(_DEFAULT_CPU_BYTES, int(free * _CPU_SHARE))
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system that does not say is taken for a small one
+        total = _UNKNOWN_BYTES
+    return DeviceMemory(free_bytes=min(total, _available_cpu_bytes() or total), total_bytes=total)
+
+
+def kv_cache_budget(config: EngineConfig, memory: DeviceMemory, device: str) -> int:
+    """Bytes the KV cache may take of a device on which the weights already lie: the user's number, or a share.
+
+    On a CPU memory is only taken as blocks are first written; what stays free of a GPU is for activations.
+    """
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if device == "cuda":
+        return max(0, memory.free_bytes - memory.total_bytes // _GPU_RESERVE)
+    return max(0, min(_MOST_CPU_BYTES, memory.free_bytes // 2))
+
+
+def num_kv_blocks(config: EngineConfig, max_model_len: int, budget: int, bytes_per_block: int) -> int:
+    """Blocks that the budget pays, but no more than `max_num_seqs` requests of `max_model_len` tokens could use.
+
+    Args:
+        bytes_per_block: of all layers.
+    """
+    return min(budget // bytes_per_block, config.max_num_seqs * blocks_for(config, max_model_len))
+
+
+def num_needed_blocks(config: EngineConfig) -> int:
+    """Without which no engine starts: one request of the length the user asked for, or one block."""
+    return blocks_for(config, config.max_model_len or 1)
+
+
+def blocks_for(config: EngineConfig, num_tokens: int) -> int:
+    """Blocks that hold one request of so many tokens."""
+    return -(-num_tokens // config.block_size)
+
+
+def check_num_kv_blocks(config: EngineConfig, num_blocks: int, budget: int, bytes_per_block: int) -> None:
+    """Raise when an engine cannot work with so few.
+
+    Raises:
+        ConfigError: the message has the numbers, and settings that would do.
+    """
+    needed = num_needed_blocks(config)
+    if num_blocks < needed:
+        shorter = f" or lower max_model_len to at most {num_blocks * config.block_size}" if num_blocks else ""
+        raise ConfigError(
+            f"{too_few_blocks(config, num_blocks, budget, bytes_per_block)} Raise kv_cache_memory_bytes to at least "
+            f"{needed * bytes_per_block:,}{shorter}."
+        )
+
+
+def too_few_blocks(config: EngineConfig, num_blocks: int, budget: int, bytes_per_block: int) -> str:
+    """The sentence that says so, with the numbers."""
+    return (
+        f"The KV cache gets {budget:,} bytes, which is {num_blocks} blocks of {config.block_size} tokens "
+        f"({bytes_per_block:,} bytes each), but one request of {config.max_model_len or 1} tokens needs "
+        f"{num_needed_blocks(config)}."
+    )
+
+
+def _available_cpu_bytes() -> int | None:
+    """What can be taken without swapping, file caches included; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return None

@@ -19,7 +19,7 @@ from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.rotary import RotaryTable
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
-from octavo.runner.kv_cache import num_kv_blocks
+from octavo.runner.kv_cache import check_num_kv_blocks, device_memory, kv_cache_budget, num_kv_blocks
 from octavo.runner.model_runner import ModelRunner
 
 
@@ -44,15 +44,10 @@ class Worker:
             loader.load(checkpoint.tensors(), model.ignored_names())
         with self._phase("allocate KV cache"):
             layout = attention.kv_layout()
-            num_blocks = num_kv_blocks(
-                layout,
-                config.num_layers,
-                kv_cache_memory_bytes=engine.kv_cache_memory_bytes,
-                max_useful_blocks=engine.max_num_seqs * -(-manifest.max_model_len // engine.block_size),
-                min_tokens=1 if engine.max_model_len is None else engine.max_model_len,
-                block_size=engine.block_size,
-                device=manifest.device,
-            )
+            bytes_per_block = layout.bytes_per_block * config.num_layers
+            budget = kv_cache_budget(engine, device_memory(manifest.device), manifest.device)
+            num_blocks = num_kv_blocks(engine, manifest.max_model_len, budget, bytes_per_block)
+            check_num_kv_blocks(engine, num_blocks, budget, bytes_per_block)
             kv_caches = [layout.allocate(num_blocks, manifest.device) for _ in range(config.num_layers)]
         self._runner = ModelRunner(
             model,
@@ -69,7 +64,7 @@ class Worker:
         )
         self.report = ExecutorReport(
             num_blocks=num_blocks,
-            kv_cache_bytes=num_blocks * layout.bytes_per_block * config.num_layers,
+            kv_cache_bytes=num_blocks * bytes_per_block,
             weight_bytes=loader.num_bytes,
             phases=tuple(self._phases),
         )
