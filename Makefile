@@ -13,7 +13,7 @@ export TORCH_INDEX TORCH_CUDA
 SETUP := constraints.txt pyproject.toml scripts/install $(wildcard plugins plugins/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full check wheels bench loc FORCE
+.PHONY: help demo test test-full check wheels try-wheels bench loc FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,6 +36,9 @@ wheels: .venv/installed ## build wheels of the core and of each plugin into dist
 	rm -f dist/*.whl
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist \
 		. $(patsubst %/pyproject.toml,./%,$(wildcard plugins/*/pyproject.toml))
+
+try-wheels: wheels ## install wheels into a fresh environment elsewhere and run the quickstart there
+	$(BIN)/python scripts/try_wheels
 
 bench: .venv/installed-test ## measure this machine's CPU
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
