@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -136,6 +136,58 @@ def test_folder_without_weights_is_refused(folder: Path) -> None:
 def test_path_must_be_a_folder(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         HuggingFaceCheckpoint(str(folder / "config.json"))
+
+
+# ------------------------------------------------------------------------------------------- headers
+
+
+def test_headers_tell_shape_dtype_and_bytes_of_each_tensor(folder: Path) -> None:
+    save_file(
+        {
+            "wide": torch.zeros(3, 5, dtype=torch.bfloat16),
+            "scales": torch.zeros(7, dtype=torch.float8_e4m3fn),
+            "mask": torch.zeros(2, 2, dtype=torch.bool),
+            "packed": torch.zeros(4, 1, dtype=torch.int32),
+            "number": torch.tensor(1.0),
+        },
+        folder / "model.safetensors",
+    )
+    headers = HuggingFaceCheckpoint(str(folder)).tensor_headers()
+    assert {name: (one.shape, one.dtype, one.num_bytes) for name, one in headers.items()} == {
+        "wide": ((3, 5), "BF16", 3 * 5 * 2),
+        "scales": ((7,), "F8_E4M3", 7),
+        "mask": ((2, 2), "BOOL", 4),
+        "packed": ((4, 1), "I32", 4 * 4),
+        "number": ((), "F32", 4),
+    }
+
+
+def test_headers_are_those_of_the_tensors_that_are_read(sharded: Path) -> None:
+    headers = HuggingFaceCheckpoint(str(sharded)).tensor_headers()
+    assert {name: (header.shape, header.num_bytes) for name, header in headers.items()} == {
+        name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in read(sharded).items()
+    }
+
+
+def test_folder_with_a_configuration_alone_has_no_headers(sharded: Path) -> None:
+    for path in sharded.glob("*.safetensors"):
+        path.unlink()
+    assert HuggingFaceCheckpoint(str(sharded)).tensor_headers() == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model-2-of-2.safetensors").unlink(), "lacks 1 of the 2 files"),
+        (lambda folder: (folder / "model-2-of-2.safetensors").write_bytes(b""), "cut short or damaged"),
+    ],
+)
+def test_headers_of_incomplete_weights_are_refused(
+    sharded: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(sharded)
+    with pytest.raises(CheckpointError, match=message):
+        HuggingFaceCheckpoint(str(sharded)).tensor_headers()
 
 
 # ------------------------------------------------------------------------------------------- configuration

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo.errors import CheckpointError
-from octavo.interfaces.checkpoint import Checkpoint, TokenizerData
+from octavo.interfaces.checkpoint import Checkpoint, TensorHeader, TokenizerData
 
 if TYPE_CHECKING:
     import torch
 
+_T = TypeVar("_T")
+
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -55,10 +60,19 @@ class HuggingFaceCheckpoint(Checkpoint):
             tokenizer=tokenizer, chat_template=self._chat_template(config), special_tokens=special_tokens
         )
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._read(self._shards())  # the shards are looked for now, not when the first tensor is asked for
+    def tensor_headers(self) -> Mapping[str, TensorHeader]:
+        if not any(any(self._folder.glob(pattern)) for pattern in ("*.safetensors", *_PICKLES)):
+            return {}
+        return dict(self._read(self._shards(), _header))
 
-    def _read(self, shards: Mapping[Path, list[str] | None]) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        # The shards are looked for now, not when the first tensor is asked for.
+        return self._read(self._shards(), lambda shard, name: shard.get_tensor(name))
+
+    def _read(
+        self, shards: Mapping[Path, list[str] | None], read: Callable[[Any, str], _T]
+    ) -> Iterator[tuple[str, _T]]:
+        """(name, what `read` takes of it) of every tensor."""
         from safetensors import SafetensorError, safe_open
 
         for path, names in shards.items():
@@ -71,7 +85,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                         )
                     wanted = set(present if names is None else names)
                     for name in filter(wanted.__contains__, present):  # in the file's order
-                        yield name, shard.get_tensor(name)
+                        yield name, read(shard, name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(_damage(path, error)) from error
 
@@ -81,7 +95,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             return self._indexed_shards()
         if (self._folder / _SINGLE).is_file():
             return {self._folder / _SINGLE: None}
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in self._folder.glob(pattern))
+        pickled = sorted(path.name for pattern in _PICKLES for path in self._folder.glob(pattern))
         if pickled:
             raise CheckpointError(
                 f"{self._folder} has its weights only as Python pickles ({_some(pickled)}), which can run any "
@@ -135,6 +149,13 @@ class HuggingFaceCheckpoint(Checkpoint):
         return (
             f"{self._folder} has no tokenizer.json, which is needed to encode text. {hint}; or name another tokenizer."
         )
+
+
+def _header(shard: Any, name: str) -> TensorHeader:
+    tensor = shard.get_slice(name)
+    shape, dtype = tuple(tensor.get_shape()), str(tensor.get_dtype())
+    bits = re.search(r"\d+", dtype)  # "BF16", "F8_E4M3", "U8"; BOOL is a byte
+    return TensorHeader(shape=shape, dtype=dtype, num_bytes=prod(shape) * (int(bits[0]) if bits else 8) // 8)
 
 
 def _damage(path: Path, error: Exception) -> str:

@@ -27,6 +27,21 @@ class TokenizerData:
     special_tokens: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorHeader:
+    """What a checkpoint's header says of one tensor.
+
+    Attributes:
+        shape: as `Checkpoint.tensors` gives it.
+        dtype: the format's own name of it: "BF16", "Q4_1".
+        num_bytes: in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+
+
 class Checkpoint(ABC):
     """An opened checkpoint. The constructor takes its path and reads headers only; it raises CheckpointError."""
 
@@ -44,6 +59,14 @@ class Checkpoint(ABC):
     @abstractmethod
     def tokenizer(self) -> TokenizerData:
         """The tokenizer, read without importing torch or transformers."""
+
+    @abstractmethod
+    def tensor_headers(self) -> Mapping[str, TensorHeader]:
+        """Every tensor that `tensors` gives, by the same name, from headers alone; {} when no weights are there yet.
+
+        Raises:
+            CheckpointError: weights are there, but not all or not readable.
+        """
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

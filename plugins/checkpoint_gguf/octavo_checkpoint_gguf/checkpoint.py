@@ -12,6 +12,7 @@ import torch
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import Checkpoint, TokenizerData
+from octavo.interfaces.checkpoint import TensorHeader
 from octavo_checkpoint_gguf.gguf_file import GGUFFile
 from octavo_checkpoint_gguf.tokenizer import end_token_ids, read_tokenizer
 
@@ -90,6 +91,12 @@ class GGUFCheckpoint(Checkpoint):
 
     def tokenizer(self) -> TokenizerData:
         return self._of_tokenizer(read_tokenizer)
+
+    def tensor_headers(self) -> Mapping[str, TensorHeader]:
+        files = ((hugging_face_name, self._file.tensors[name]) for name, hugging_face_name in self._names.items())
+        return {
+            name: TensorHeader(shape=info.shape, dtype=info.type.name, num_bytes=info.num_bytes) for name, info in files
+        }
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         num_heads, num_kv_heads = self._int("attention.head_count"), self._num_kv_heads()

@@ -86,6 +86,17 @@ def test_tensors_are_read_one_at_a_time_and_may_be_changed(tiny: TinyLlama) -> N
     assert name == "model.embed_tokens.weight"
 
 
+def test_headers_are_those_of_the_tensors_as_they_lie_in_the_file(tiny: TinyLlama) -> None:
+    checkpoint = open_(tiny.write(number_format=Type.Q8_0))
+    headers = checkpoint.tensor_headers()
+    assert {name: one.shape for name, one in headers.items()} == {
+        name: tuple(tensor.shape) for name, tensor in checkpoint.tensors()
+    }
+    query, norm = headers["model.layers.0.self_attn.q_proj.weight"], headers["model.norm.weight"]
+    assert (query.dtype, query.num_bytes) == ("Q8_0", 64 * 64 // 32 * 34)  # 32 bytes and a float16 scale a block
+    assert (norm.dtype, norm.num_bytes) == ("F32", 64 * 4)
+
+
 # ------------------------------------------------------------------------------------------- configuration
 
 
