@@ -613,6 +613,67 @@ def test_the_policy_is_told_what_each_request_received() -> None:
     assert policy.received == [("a", 4, 0), ("a", 2, 1), ("a", 0, 1)]
 
 
+def test_the_policy_is_not_told_of_prompt_tokens_that_were_found_in_the_prefix_cache() -> None:
+    policy = CountingPolicy()
+    scheduler = make_scheduler(policy=policy)
+    add(scheduler, *(make_request(name, list(range(9))) for name in "ab"))
+    run(scheduler)
+    assert policy.received == [("a", 9, 1), ("b", 1, 1)]
+
+
+def test_the_policy_is_told_of_a_prompt_token_once_although_it_is_computed_twice() -> None:
+    policy = CountingPolicy()
+    scheduler = make_scheduler(4, budget=16, policy=policy, caching=False)
+    add(scheduler, make_request("a", 8, arrival_time=0.0), make_request("b", 8, arrival_time=1.0))
+    drain(scheduler)
+    assert scheduler.num_preemptions > 0
+    assert [sum(tokens for name, tokens, _ in policy.received if name == each) for each in "ab"] == [8, 8]
+    assert [sum(tokens for name, _, tokens in policy.received if name == each) for each in "ab"] == [8, 8]
+
+
+def test_the_policy_is_told_of_a_sample_before_the_end_it_brings() -> None:
+    class Diary(CountingPolicy):
+        def ended(self, request: Request) -> None:
+            self.received.append((f"{request.request_id} ended", 0, 0))
+
+    policy = Diary()
+    scheduler = make_scheduler(policy=policy)
+    scheduler.add(make_request("a", max_tokens=1))
+    run(scheduler)
+    assert policy.received == [("a", 4, 1), ("a ended", 0, 0)]
+
+
+def test_a_request_whose_key_cannot_be_made_is_not_queued() -> None:
+    class Refusing(FCFSPolicy):
+        def key(self, request: Request, now: float) -> float:
+            raise ZeroDivisionError
+
+    scheduler = make_scheduler(policy=Refusing())
+    with pytest.raises(ZeroDivisionError):
+        scheduler.add(make_request("a"))
+    assert not scheduler.has_unfinished
+    assert scheduler.abort("a") is None
+
+
+@pytest.mark.parametrize(("num_blocks", "max_num_seqs"), [(100, 1), (1, 8)])
+def test_a_dynamic_policy_is_not_asked_again_while_there_is_room_for_nobody(num_blocks: int, max_num_seqs: int) -> None:
+    class Counting(FCFSPolicy):
+        dynamic = True
+        num_asked = 0
+
+        def key(self, request: Request, now: float) -> float:
+            self.num_asked += 1
+            return request.arrival_time
+
+    policy = Counting()
+    scheduler = make_scheduler(num_blocks, max_num_seqs=max_num_seqs, policy=policy)
+    add(scheduler, make_request("a", 1, max_tokens=3), make_request("b", 1, max_tokens=3))
+    run(scheduler)
+    num_asked = policy.num_asked
+    run(scheduler)
+    assert policy.num_asked == num_asked
+
+
 @pytest.mark.parametrize(("dynamic", "first"), [(False, "a"), (True, "b")])
 def test_a_dynamic_policy_is_asked_again_for_those_who_wait(dynamic: bool, first: str) -> None:
     class ByPriority(FCFSPolicy):

@@ -79,6 +79,7 @@ class Scheduler:
         self._tell_served = type(policy).served is not SchedulerPolicy.served
         self._requests: dict[str, Request] = {}  # unfinished
         self._places: dict[str, tuple[Any, int]] = {}  # key and sequence number, kept when preempted
+        self._num_told_tokens: dict[str, int] = {}  # prompt tokens the policy was told of
         self._sequence_numbers = count()
         self._waiting: list[tuple[Any, int, Request]] = []  # a heap; finished requests are skipped when met
         self._running: list[Request] = []  # in order of admission
@@ -152,8 +153,9 @@ class Scheduler:
                 f"{self.block_pool.block_size}; the KV cache has {self.block_pool.num_blocks}. Lower max_tokens, "
                 f"shorten the prompt or give the KV cache more memory."
             )
+        place = self.policy.key(request, self._clock()), next(self._sequence_numbers)  # first: a policy may raise
         self._requests[request.request_id] = request
-        self._places[request.request_id] = (self.policy.key(request, self._clock()), next(self._sequence_numbers))
+        self._places[request.request_id] = place
         self._queue(request)
 
     def abort(self, request_id: str, finish_reason: Literal["abort", "stop"] = "abort") -> Request | None:
@@ -254,9 +256,10 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> None:
         """Admit waiting requests in the policy's order until the first that does not fit."""
-        if self.policy.dynamic:
-            self._rank_again(draft.now)
         pool = self.block_pool
+        # Whoever enters computes a token, in a block of its own: without one free, the order needs no second look.
+        if self.policy.dynamic and draft.budget and len(self._running) < self.max_num_seqs and pool.num_free:
+            self._rank_again(draft.now)
         while self._waiting and draft.budget and len(self._running) < self.max_num_seqs:
             request = self._waiting[0][2]
             if request.finished:
@@ -323,16 +326,22 @@ class Scheduler:
                 continue
             request.num_computed_tokens += row.num_tokens
             request.num_in_flight_tokens -= row.num_tokens
+            if self._tell_served:  # before the sample is kept, which may end the request
+                self._tell_policy(request, row)
             if row.samples:
                 new_token_ids = output.token_ids.get(request.request_id, [])
                 self._append_sample(request, new_token_ids)
                 updates.append(RequestUpdate(request=request, new_token_ids=new_token_ids))
-            if self._tell_served:
-                num_prompt_tokens = min(row.num_tokens, max(0, len(request.prompt_token_ids) - row.num_computed_tokens))
-                self.policy.served(request, num_prompt_tokens, int(row.samples))
         self._running = [request for request in self._running if request.status is running]
         self._measure_waste()
         return updates
+
+    def _tell_policy(self, request: Request, row: ScheduledRow) -> None:
+        """Each prompt token once: one that is computed again after a preemption was served the first time."""
+        end = min(row.num_computed_tokens + row.num_tokens, len(request.prompt_token_ids))
+        start = max(row.num_computed_tokens, self._num_told_tokens.get(request.request_id, 0))
+        self._num_told_tokens[request.request_id] = max(start, end)
+        self.policy.served(request, max(0, end - start), int(row.samples))
 
     def _append_sample(self, request: Request, new_token_ids: list[int]) -> None:
         if len(new_token_ids) != 1:
@@ -379,6 +388,7 @@ class Scheduler:
         request.finish_reason = finish_reason
         del self._requests[request.request_id]
         del self._places[request.request_id]
+        self._num_told_tokens.pop(request.request_id, None)
         self.policy.ended(request)
 
     def _leave_batch(self, request: Request) -> None:
