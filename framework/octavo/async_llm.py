@@ -62,11 +62,20 @@ class AsyncLLM:
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the growing output of one prompt; the last one is finished.
 
         Closing the stream, or cancelling the task that reads it, aborts the request.
+
+        Args:
+            priority, tenant: for the scheduler policy, as in `LLM.generate`.
 
         Raises:
             RequestError: the prompt or its parameters cannot be served, or the id is in use.
@@ -76,7 +85,7 @@ class AsyncLLM:
         name = request_id if request_id is not None else f"request-{next(self._request_ids)}"
         text, token_ids = self._assembly.inputs.tokenize(prompt)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        self._command(lambda: self._add(name, text, token_ids, params, stream))
+        self._command(lambda: self._add(name, text, token_ids, params, priority, tenant, stream))
         ended = False
         try:
             while not ended:
@@ -156,13 +165,20 @@ class AsyncLLM:
             self._publish(output)
 
     def _add(
-        self, request_id: str, text: str | None, token_ids: list[int], params: SamplingParams, stream: _Stream
+        self,
+        request_id: str,
+        text: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        tenant: str | None,
+        stream: _Stream,
     ) -> None:
         output = None
         try:
             if request_id in self._open:
                 raise RequestError(f"Request id {request_id!r} is in use; ids must be unique while they run.")
-            requests = self._assembly.inputs.requests(request_id, token_ids, params)
+            requests = self._assembly.inputs.requests(request_id, token_ids, params, priority=priority, tenant=tenant)
             output = self._assembly.outputs.add(request_id, text, token_ids, params, requests[0].arrival_time)
             for request in requests:
                 self._assembly.engine.add(request)

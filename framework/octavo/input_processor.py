@@ -27,6 +27,8 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
+MAX_PRIORITY = 2**31 - 1
+
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 
 
@@ -60,15 +62,26 @@ class InputProcessor:
         )
 
     def requests(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> list[Request]:
         """One request for each of the `n` completions, ids "<request_id>" or "<request_id>/<index>".
 
+        Args:
+            priority, tenant: what the scheduler policy may rank it by; a lower priority is served earlier.
+
         Raises:
-            RequestError: no tokens, ids outside the vocabulary, no room for one output token, or `params` is none.
+            RequestError: no tokens, ids outside the vocabulary, no room for one output token, `params` is none, or
+                `priority` or `tenant` is of the wrong type.
         """
         self._check(prompt_token_ids)
         self._check_params(params)
+        _check_rank(priority, tenant)
         seed = params.seed if params.seed is not None else self._seeds.randrange(MAX_SEED)
         room = self._max_model_len - len(prompt_token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -83,7 +96,8 @@ class InputProcessor:
                 eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
                 max_total_tokens=len(prompt_token_ids) + max_tokens,
                 arrival_time=time.monotonic(),
-                priority=priority,
+                priority=int(priority),
+                tenant=tenant,
             )
             for index in range(params.n)
         ]
@@ -107,6 +121,17 @@ class InputProcessor:
 
     def _is_token(self, token_id: object) -> bool:
         return isinstance(token_id, Integral) and 0 <= int(token_id) < self._config.vocab_size
+
+
+def _check_rank(priority: object, tenant: object) -> None:
+    is_integer = isinstance(priority, Integral) and not isinstance(priority, bool)
+    if not is_integer or abs(int(priority)) > MAX_PRIORITY:  # type: ignore[call-overload]
+        raise RequestError(
+            f"A priority is an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}, lower is served earlier; "
+            f"found {priority!r}."
+        )
+    if tenant is not None and not isinstance(tenant, str):
+        raise RequestError(f"A tenant is a text, the name of who asks, or None; found {tenant!r}.")
 
 
 def child_id(request_id: str, index: int, n: int) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.assemble import assemble
 from octavo.engine.stats import EngineStats
@@ -24,6 +24,8 @@ from octavo.settings import Settings, as_settings
 from octavo.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+
+_T = TypeVar("_T")
 
 
 class LLM:
@@ -55,20 +57,30 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
+        tenant: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs in the order of the prompts.
 
         Args:
             prompts: one or many; each a text, a list of token ids, or a dict with "prompt" or "prompt_token_ids".
             sampling_params: one for all, or one for each prompt; default SamplingParams().
+            priority: one for all, or one for each prompt; lower is served earlier, default 0.
+            tenant: who asks: one for all, or one (or None) for each prompt. Priority and tenant are for the scheduler
+                policy; one that does not go by them, such as the built-in "fcfs", passes over them.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; then none of them was started.
             EngineDeadError: the engine stopped; the cause is chained.
         """
         wanted = _as_list(prompts)
-        params = _for_each(sampling_params, len(wanted))
-        outputs = self._add(wanted, params)
+        outputs = self._add(
+            wanted,
+            _params_for_each(sampling_params, len(wanted)),
+            _for_each(0 if priority is None else priority, len(wanted), "priorities"),
+            _for_each(tenant, len(wanted), "tenants"),
+        )
         for _ in self._run(outputs):
             pass
         return outputs
@@ -79,19 +91,32 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         add_generation_prompt: bool = True,
+        priority: int | Sequence[int] | None = None,
+        tenant: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, each a list of {"role", "content"}, through the model's template."""
+        """Answer one conversation or several, each a list of {"role", "content"}, through the model's template.
+
+        `priority` and `tenant` as in `generate`, for each conversation.
+        """
         is_one = any(isinstance(message, Mapping) for message in messages)
         conversations: Sequence[Any] = [messages] if is_one else messages
         prompts = [self._chat_prompt(conversation, add_generation_prompt) for conversation in conversations]
-        return self.generate(prompts, sampling_params)
+        return self.generate(prompts, sampling_params, priority=priority, tenant=tenant)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant: str | None = None,
+    ) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding its growing output after each step that changed it; the last is finished.
 
         Leaving the loop early aborts the request. Other prompts may be run meanwhile: they share the steps.
+        `priority` and `tenant` as in `generate`.
         """
-        outputs = self._add([prompt], _for_each(sampling_params, 1))
+        outputs = self._add([prompt], _params_for_each(sampling_params, 1), [priority], [tenant])
         shown = _progress(outputs[0])
         for _ in self._run(outputs):
             if shown != (shown := _progress(outputs[0])):
@@ -100,10 +125,15 @@ class LLM:
             yield outputs[0]
 
     def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant: str | None = None,
     ) -> Iterator[RequestOutput]:
         """Like `stream`, for one conversation."""
-        return self.stream(self._chat_prompt(messages, True), sampling_params)
+        return self.stream(self._chat_prompt(messages, True), sampling_params, priority=priority, tenant=tenant)
 
     def explain(self) -> Explanation:
         """What was chosen for every socket, what was refused and why, and where each setting is from."""
@@ -143,15 +173,20 @@ class LLM:
         token_ids = self._assembly.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
         return {"prompt_token_ids": token_ids}
 
-    def _add(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[RequestOutput]:
+    def _add(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int],
+        tenants: Sequence[str | None],
+    ) -> list[RequestOutput]:
         """Check all prompts, then queue all of them."""
         checked = []
-        for prompt, each in zip(prompts, params, strict=True):
+        for prompt, each, priority, tenant in zip(prompts, params, priorities, tenants, strict=True):
             request_id = str(next(self._request_ids))
             text, token_ids = self._assembly.inputs.tokenize(prompt)
-            checked.append(
-                (request_id, text, token_ids, each, self._assembly.inputs.requests(request_id, token_ids, each))
-            )
+            requests = self._assembly.inputs.requests(request_id, token_ids, each, priority=priority, tenant=tenant)
+            checked.append((request_id, text, token_ids, each, requests))
         outputs: list[RequestOutput] = []
         try:
             for request_id, text, token_ids, each, requests in checked:
@@ -221,9 +256,16 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
-    if not isinstance(params, Sequence):
-        return [SamplingParams() if params is None else params] * num_prompts
-    if len(params) != num_prompts:
-        raise RequestError(f"{num_prompts} prompts came with {len(params)} SamplingParams; give one, or one for each.")
-    return list(params)
+def _params_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams]:
+    return _for_each(SamplingParams() if params is None else params, num_prompts, "SamplingParams")
+
+
+def _for_each(value: _T | Sequence[_T], num_prompts: int, what: str) -> Sequence[_T]:
+    """One value for all prompts, or one for each."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [value] * num_prompts
+    if len(value) != num_prompts:
+        raise RequestError(f"{num_prompts} prompts came with {len(value)} {what}; give one, or one for each.")
+    return value

@@ -116,6 +116,7 @@ class Engine:
             kv_usage=scheduler.kv_usage,
             kv_usage_peak=self._kv_usage_peak,
             kv_waste=scheduler.kv_waste,
+            policy_metrics=dict(scheduler.policy.metrics()),
         )
 
     def _submit(self, step: Step) -> object:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +20,7 @@ class EngineStats:
         kv_usage: share of the blocks that requests hold, 0 to 1.
         kv_usage_peak: its highest since start.
         kv_waste: 1 - tokens stored / token slots over the blocks that running requests hold, mean over all steps.
+        policy_metrics: the scheduler policy's own numbers, by name.
     """
 
     num_waiting: int
@@ -32,3 +34,4 @@ class EngineStats:
     kv_usage: float
     kv_usage_peak: float
     kv_waste: float
+    policy_metrics: Mapping[str, float] = field(default_factory=dict)
