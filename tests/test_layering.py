@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "engine": (("engine",), ("data", "interfaces", "block_pool", "scheduler")),
     "processors": (("input_processor", "output_processor"), ("data", "text", "engine")),
     "selection": (("selection",), ("data", "specs", "interfaces", "plugins", "sources", "runner")),
+    "plan": (("plan",), ("data", "specs", "interfaces", "plugins", "sources", "nn", "runner", "selection")),
     "assembly": (
         ("assemble",),
         (
@@ -49,7 +50,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "cli": (
         ("cli", "__main__"),
-        ("data", "specs", "plugins", "settings", "text", "sources", "explanation", "entry"),
+        ("data", "specs", "plugins", "settings", "text", "sources", "plan", "explanation", "entry"),
     ),
     "builtin": (("builtin",), ("data", "specs", "interfaces", "nn", "runner")),
     "testing": (

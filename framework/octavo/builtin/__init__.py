@@ -60,6 +60,7 @@ def octavo_components() -> list[Spec]:
             name="generate", summary="Complete prompts and print the completions", target="octavo.cli.generate"
         ),
         CommandSpec(name="chat", summary="Talk with a model in the terminal", target="octavo.cli.chat"),
+        CommandSpec(name="plan", summary="Count what a model takes of memory, and what fits", target="octavo.cli.plan"),
         CommandSpec(name="plugins", summary="List plugins, their states and components", target="octavo.cli.plugins"),
         CommandSpec(
             name="explain", summary="Show what would be chosen for a model, and why", target="octavo.cli.explain"

@@ -41,6 +41,16 @@ class LinearPart:
     def shape(self) -> LinearShape:
         return LinearShape(in_features=self.in_features, out_features=self.out_features)
 
+    @property
+    def shape_of_one(self) -> LinearShape:
+        """Of the linear that one device computes."""
+        in_features, out_features = self.in_features, self.out_features
+        if self.parallel == "column":
+            out_features = -(-out_features // self.num_shards)
+        else:
+            in_features = -(-in_features // self.num_shards)
+        return LinearShape(in_features=in_features, out_features=out_features)
+
     def shard(self, spec: ParameterSpec) -> Shard | None:
         """How devices share one of its tensors; None: each holds the whole.
 

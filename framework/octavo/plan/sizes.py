@@ -1,0 +1,135 @@
+"""What one device holds of a model: counted by building the model's layers, which only declare their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from octavo.errors import ConfigError
+from octavo.interfaces.checkpoint import TensorHeader
+from octavo.interfaces.model import ModelArchitecture
+from octavo.interfaces.quantization import QuantizationMethod
+from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
+from octavo.nn.split_attention import build_attention
+from octavo.nn.weights import WeightLoader
+from octavo.selection import Selection
+
+MOST_RANKS = 64
+"""How many devices are tried when one is not enough."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSizes:
+    """Bytes of one of `num_ranks` devices; all devices hold the same amount.
+
+    Attributes:
+        weight_bytes: in the dtype they are kept in. A tied head counts beside the embedding, because each keeps a
+            tensor of its own.
+        bits_per_weight: of the whole model as it is kept, scales and zeros included.
+        rotary_bytes_per_position: of the tables of cosines and sines.
+        adapter_bytes: of one position for a LoRA adapter over every linear but the head.
+        kv_bytes_per_block: of all layers.
+        remarks: what sharing the model among so many devices costs, in sentences.
+    """
+
+    num_ranks: int
+    weight_bytes: int
+    bits_per_weight: float
+    rotary_bytes_per_position: int
+    adapter_bytes: int
+    kv_bytes_per_block: int
+    remarks: tuple[str, ...]
+
+
+class Sizer:
+    """Counts a selection's model for any number of devices. Nothing is allocated.
+
+    Raises:
+        ConfigError: no model architecture, quantization method or attention backend can serve as asked.
+    """
+
+    def __init__(self, selection: Selection, max_lora_rank: int) -> None:
+        self._selection = selection
+        self._max_lora_rank = max_lora_rank
+        self._dtype: torch.dtype = getattr(torch, selection.dtype)
+        chosen = {
+            socket: selection.choices[socket].get()
+            for socket in ("model", "quantization", "attention.prefill", "attention.decode")
+        }
+        self._model = chosen["model"]
+        self._attention = chosen["attention.prefill"], chosen["attention.decode"]
+        self._method: QuantizationMethod = chosen["quantization"].build(
+            selection.files.model_config.quantization, self._dtype, selection.device
+        )
+        self.sizes_of = cache(self._sizes_of)
+
+    def sizes(self, num_ranks: int) -> RankSizes:
+        """Of one of `num_ranks` devices.
+
+        Raises:
+            ConfigError: the model cannot be shared by so many; names every number up to MOST_RANKS that works.
+        """
+        try:
+            return self.sizes_of(num_ranks)
+        except ConfigError as error:
+            working = [str(number) for number in range(1, MOST_RANKS + 1) if self.can_share(number)]
+            raise ConfigError(
+                f"{error} Values of tensor_parallel_size up to {MOST_RANKS} that work: {', '.join(working)}."
+            ) from error
+
+    def can_share(self, num_ranks: int) -> bool:
+        """Whether so many devices can share the model."""
+        try:
+            self.sizes_of(num_ranks)
+        except ConfigError:
+            return False
+        return True
+
+    def check(self, headers: Mapping[str, TensorHeader]) -> None:
+        """Compare a checkpoint's tensors with those that the model expects.
+
+        Raises:
+            CheckpointError: as loading would; every missing, unexpected and misshapen tensor is named.
+        """
+        model, _, loader = self._build(1)
+        loader.check({name: header.shape for name, header in headers.items()}, model.ignored_names())
+
+    def _sizes_of(self, num_ranks: int) -> RankSizes:
+        model_config = self._selection.files.model_config
+        _, factory, loader = self._build(num_ranks)
+        heads, kv_heads = heads_of_one_rank(model_config.num_heads, model_config.num_kv_heads, num_ranks)
+        need = replace(self._selection.attention_need, num_heads=heads, num_kv_heads=kv_heads)
+        layout = build_attention(*self._attention, need).kv_layout()
+        lora_features = sum(part.shape_of_one.in_features + part.shape_of_one.out_features for part in factory.linears)
+        whole_bytes = sum(one.num_bytes for several in loader.expected.values() for one in several)
+        return RankSizes(
+            num_ranks=num_ranks,
+            weight_bytes=loader.expected_bytes,
+            bits_per_weight=8 * whole_bytes / factory.num_weights,
+            rotary_bytes_per_position=2 * model_config.head_dim * self._dtype.itemsize,
+            adapter_bytes=self._max_lora_rank * lora_features * self._dtype.itemsize,
+            kv_bytes_per_block=layout.bytes_per_block * model_config.num_layers,
+            remarks=tuple(self._remarks(num_ranks)),
+        )
+
+    def _build(self, num_ranks: int) -> tuple[ModelArchitecture, DeviceLayerFactory, WeightLoader]:
+        loader = WeightLoader()
+        attention = build_attention(*self._attention, self._selection.attention_need)
+        factory = DeviceLayerFactory(self._method, attention, loader, num_ranks)
+        model: ModelArchitecture = self._model.build(self._selection.files.model_config, factory)
+        return model, factory, loader
+
+    def _remarks(self, num_ranks: int) -> list[str]:
+        config = self._selection.files.model_config
+        remarks = []
+        if config.num_kv_heads < num_ranks:
+            remarks.append(
+                f"Each of the {config.num_kv_heads} KV heads is held by {num_ranks // config.num_kv_heads} devices."
+            )
+        if rest := config.vocab_size % num_ranks:
+            padded = config.vocab_size + num_ranks - rest
+            remarks.append(f"The vocabulary of {config.vocab_size:,} is padded to {padded:,}, to be shared evenly.")
+        return remarks
