@@ -1,12 +1,11 @@
 """State machines: the block pool against a plain model, and the scheduler against a fake model with a real KV cache.
 
-The fake model's next token depends on every token before it, and its KV cache remembers what each slot was given, so
-a block that is wrongly shared, freed too early or written twice shows as a wrong slot or a wrong token.
+The fake model and the engine around it are those of the conformance kit, octavo.testing.scheduling_simulation.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from hashlib import blake2b
 from itertools import count
 from random import Random
@@ -27,12 +26,17 @@ from hypothesis.stateful import (
 from octavo.builtin.fcfs import FCFSPolicy
 from octavo.engine.block_pool import BlockPool, extend_hash_chain
 from octavo.engine.scheduler import Scheduler
-from octavo.interfaces.executor import NewRow, ScheduledRow, Step, StepOutput
 from octavo.interfaces.scheduling import SchedulerPolicy
 from octavo.request import Request, RequestStatus
-from octavo.sampling_params import SamplingParams
+from octavo.testing.scheduling_simulation import (
+    MAX_STEPS,
+    Simulation,
+    initial_state,
+    next_state,
+    simulated_request,
+    tokens_alone,
+)
 
-VOCABULARY = 6
 EOS = 5
 ENGINES: dict[str, list[Any]] = {
     "num_slots": [24, 32, 16, 20, 48, 12],
@@ -67,106 +71,6 @@ QUIET = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-
-
-# ------------------------------------------------------------------------------------------------ the fake model
-
-
-def initial_state(salt: bytes) -> int:
-    return int.from_bytes(blake2b(salt, digest_size=6).digest(), "little")
-
-
-def next_state(state: int, token_id: int) -> int:
-    """What the model knows after one more token: a stand-in for the keys and values of its position."""
-    return (state * 1_000_003 + token_id + 7) % (2**61 - 1)
-
-
-def sample(state: int) -> int:
-    return state // 1009 % VOCABULARY
-
-
-def tokens_alone(request: Request) -> tuple[list[int], str]:
-    """What the fake model gives a request that has the engine to itself, and why it ends."""
-    state = initial_state(request.cache_salt)
-    for token_id in request.prompt_token_ids:
-        state = next_state(state, token_id)
-    token_ids: list[int] = []
-    while True:
-        token_ids.append(sample(state))
-        state = next_state(state, token_ids[-1])
-        ends = request.stop_token_ids | request.eos_token_ids
-        if token_ids[-1] in ends and len(token_ids) > request.params.min_tokens:
-            return token_ids, "stop"
-        if len(request.prompt_token_ids) + len(token_ids) == request.max_total_tokens:
-            return token_ids, "length"
-
-
-class FakeRow:
-    """One request in the fake runner: its tokens, the runner's own samples included, and its block table."""
-
-    def __init__(self, new_row: NewRow, salt: bytes) -> None:
-        self.token_ids = list(new_row.token_ids)
-        self.states = [initial_state(salt)]
-        self.block_table: list[int] = []
-        self.next_position: int | None = None
-
-    def state_after(self, position: int) -> int:
-        while len(self.states) <= position + 1:
-            self.states.append(next_state(self.states[-1], self.token_ids[len(self.states) - 1]))
-        return self.states[position + 1]
-
-
-class FakeExecutor:
-    """Runs steps when they are submitted, as a device's queue does: every row writes, then every row reads."""
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.rows: dict[str, FakeRow] = {}
-        self.salts: dict[str, bytes] = {}
-        self.slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
-
-    def submit(self, step: Step) -> StepOutput:
-        for request_id in step.leaving:
-            del self.rows[request_id]
-        for new_row in step.entering:
-            assert new_row.request_id not in self.rows
-            self.rows[new_row.request_id] = FakeRow(new_row, self.salts[new_row.request_id])
-        written: set[int] = set()
-        for scheduled in step.rows:
-            self._write(scheduled, written)
-        return StepOutput(
-            step_id=step.step_id,
-            token_ids={scheduled.request_id: [self._read(scheduled)] for scheduled in step.rows if scheduled.samples},
-        )
-
-    def slot(self, row: FakeRow, position: int) -> int:
-        return row.block_table[position // self.block_size] * self.block_size + position % self.block_size
-
-    def _write(self, scheduled: ScheduledRow, written: set[int]) -> None:
-        row = self.rows[scheduled.request_id]
-        row.block_table += scheduled.new_block_ids
-        start, end = scheduled.num_computed_tokens, scheduled.num_computed_tokens + scheduled.num_tokens
-        assert row.next_position in (None, start), "a request's positions follow each other"
-        row.next_position = end
-        assert scheduled.num_tokens >= 1
-        assert end <= len(row.token_ids), "a token was scheduled before the step that samples it"
-        assert scheduled.samples == (end == len(row.token_ids))
-        assert len(row.block_table) == -(-end // self.block_size), "blocks are allocated only for what is scheduled"
-        for position in range(start, end):
-            slot = self.slot(row, position)
-            assert slot not in written, "two rows write one slot"
-            written.add(slot)
-            self.slots[slot] = (position, row.state_after(position))
-
-    def _read(self, scheduled: ScheduledRow) -> int:
-        row = self.rows[scheduled.request_id]
-        for position in range(scheduled.num_computed_tokens + scheduled.num_tokens):
-            assert self.slots[self.slot(row, position)] == (position, row.state_after(position)), (
-                f"{scheduled.request_id} reads another request's keys at position {position}"
-            )
-        token_id = sample(row.state_after(position))
-        row.token_ids.append(token_id)
-        return token_id
 
 
 # ------------------------------------------------------------------------------------------------ policies
@@ -214,103 +118,65 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_flight: deque[tuple[Step, StepOutput, list[list[int]]]] = deque()
-        self.alive: dict[str, Request] = {}
-        self.finished: dict[str, Request] = {}
         self.contents: dict[bytes, list[tuple[int, int]]] = {}  # what a block of that hash must hold
-        self.now = 0.0
         self.wastes: list[float] = []
 
     @initialize(engine=ENGINE, requests=st.lists(REQUEST, min_size=2, max_size=5))
     def build(self, engine: dict[str, Any], requests: list[dict[str, Any]]) -> None:
-        num_blocks = engine["num_slots"] // engine["block_size"]
-        self.pool = self.pool_class(num_blocks, engine["block_size"], engine["caching"])
-        self.scheduler = self.scheduler_class(
-            policy=POLICIES[engine["policy"]](),
-            block_pool=self.pool,
+        self.simulation = Simulation(
+            POLICIES[engine["policy"]](),
+            num_blocks=engine["num_slots"] // engine["block_size"],
+            block_size=engine["block_size"],
             max_num_seqs=engine["max_num_seqs"],
             max_num_batched_tokens=engine["budget"],
-            clock=lambda: self.now,
+            depth=self.depth,
+            enable_prefix_caching=engine["caching"],
+            seen=self.seen,
+            scheduler_class=self.scheduler_class,
+            pool_class=self.pool_class,
         )
-        self.executor = FakeExecutor(num_blocks, engine["block_size"])
+        self.pool, self.scheduler = self.simulation.pool, self.simulation.scheduler
+        self.alive, self.finished = self.simulation.alive, self.simulation.finished
+        self.in_flight = self.simulation.in_flight
         for options in requests:
             self.add(options)
 
     @rule(options=REQUEST)
     def add(self, options: dict[str, Any]) -> None:
-        capacity = self.pool.num_blocks * self.pool.block_size
-        prompt = (options["prefix"][: options["cut"]] + options["suffix"])[:capacity]
-        max_tokens = max(options["max_tokens"], options["min_tokens"])
+        capacity = self.simulation.capacity
+        prompt = (options["prefix"][: options["cut"]] + options["suffix"])[: capacity - 1]
         for _ in range(options["copies"]):
-            request = Request(
-                request_id=next(f"r{number}" for number in count() if f"r{number}" not in self.alive),
-                prompt_token_ids=prompt,
-                params=SamplingParams(max_tokens=max_tokens, min_tokens=options["min_tokens"]),
-                max_total_tokens=min(len(prompt) + max_tokens, capacity + 1),
-                arrival_time=self.now + options["delay"],
+            request = simulated_request(
+                next(f"r{number}" for number in count() if f"r{number}" not in self.alive),
+                prompt,
+                max(options["max_tokens"], options["min_tokens"]),
+                capacity,
+                min_tokens=options["min_tokens"],
+                arrival_time=self.simulation.now + options["delay"],
                 stop_token_ids=frozenset(options["stop"]),
                 eos_token_ids=frozenset(options["eos"]),
                 cache_salt=options["salt"],
             )
-            self.now += 0.5
-            self.scheduler.add(request)
+            self.simulation.now += 0.5
+            self.simulation.add(request)
             self.learn_contents(request)
-            self.executor.salts[request.request_id] = request.cache_salt
-            self.finished.pop(request.request_id, None)
-            self.alive[request.request_id] = request
 
     @precondition(lambda self: len(self.in_flight) < self.depth)
     @rule()
     def submit(self) -> None:
-        before = self.scheduler.num_preemptions
-        known_to_runner = set(self.executor.rows)
-        step = self.scheduler.schedule()
-        self.seen["preempted"] += self.scheduler.num_preemptions - before
-        if step is None:
-            assert self.in_flight or not self.alive, "nothing to do, nothing on its way, yet requests are unfinished"
-            self.seen["waited"] += bool(self.in_flight and self.alive)
-            return
-        row_ids = [row.request_id for row in step.rows]
-        assert len(row_ids) == len(set(row_ids)), "a request has two rows in one step"
-        assert 1 <= step.num_tokens <= self.scheduler.max_num_batched_tokens
-        assert len(row_ids) <= self.scheduler.num_running <= self.scheduler.max_num_seqs
-        assert set(step.leaving) <= known_to_runner
-        assert {new_row.request_id for new_row in step.entering} <= set(row_ids)
-        output = self.executor.submit(step)
-        tables = []
-        for row in step.rows:
-            assert row.num_computed_tokens + row.num_tokens < self.alive[row.request_id].max_total_tokens
-            table = self.executor.rows[row.request_id].block_table
-            assert table == self.alive[row.request_id].block_ids
-            tables.append(list(table))
-        for new_row in step.entering:
-            self.seen["hit"] += self.alive[new_row.request_id].num_computed_tokens > 0
-        self.in_flight.append((step, output, tables))
+        self.simulation.submit()
 
     @precondition(lambda self: self.in_flight)
     @rule()
     def collect(self) -> None:
-        step, output, _tables = self.in_flight.popleft()
-        updates = self.scheduler.apply(step, output)
-        for update in updates:
-            request = update.request
-            assert self.alive[request.request_id] is request
-            assert request.output_token_ids[-1:] == update.new_token_ids
-            if request.finished:
-                self.finished[request.request_id] = self.alive.pop(request.request_id)
-                self.check_result(request)
-        self.seen["dropped"] += len(output.token_ids) - len(updates)
+        self.simulation.collect()
         self.measure_waste()
 
     @rule(rounds=st.integers(1, 12))
     def run(self, rounds: int) -> None:
         for _ in range(rounds):
-            while len(self.in_flight) < self.depth and self.alive:
-                num_before = len(self.in_flight)
-                self.submit()
+            while len(self.in_flight) < self.depth and self.alive and self.simulation.submit() is not None:
                 self.check()
-                if len(self.in_flight) == num_before:
-                    break
             if self.in_flight:
                 self.collect()
                 self.check()
@@ -318,14 +184,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.alive)
     @rule(pick=st.integers(0, 999), finish_reason=st.sampled_from(["abort", "stop"]))
     def abort(self, pick: int, finish_reason: Any) -> None:
-        request_id = sorted(self.alive)[pick % len(self.alive)]
-        request = self.alive.pop(request_id)
-        self.seen["aborted in flight"] += request.num_in_flight_tokens > 0
-        assert self.scheduler.abort(request_id, finish_reason) is request
-        assert request.finish_reason == finish_reason
-        expected, _reason = tokens_alone(request)
-        assert request.output_token_ids == expected[: len(request.output_token_ids)]
-        self.finished[request_id] = request
+        self.simulation.abort(sorted(self.alive)[pick % len(self.alive)], finish_reason)
 
     @precondition(lambda self: self.finished)
     @rule()
@@ -335,13 +194,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def reset_prefix_cache(self) -> None:
         assert self.pool.reset_prefix_cache() == (self.pool.num_referenced == 0)
-
-    def check_result(self, request: Request) -> None:
-        expected, reason = tokens_alone(request)
-        assert request.output_token_ids == expected
-        assert request.finish_reason == reason
-        by_user = reason == "stop" and expected[-1] not in request.eos_token_ids
-        assert request.stop_reason == (expected[-1] if by_user else None)
 
     def learn_contents(self, request: Request) -> None:
         token_ids = request.prompt_token_ids + tokens_alone(request)[0]
@@ -384,10 +236,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert pool.num_free + pool.num_referenced == pool.num_blocks
         for block_hash, block_id in pool._block_of_hash.items():
             first_slot = block_id * pool.block_size
-            assert self.executor.slots[first_slot : first_slot + pool.block_size] == self.contents.get(block_hash)
+            assert self.simulation.executor.slots[first_slot : first_slot + pool.block_size] == self.contents.get(
+                block_hash
+            )
         self.seen["shared"] += any(number > 1 for number in owners.values())
-        for _step, _output, tables in self.in_flight:
-            for table in tables:
+        for step in self.in_flight:
+            for table in step.block_tables:
                 assert all(owners[block_id] for block_id in table), "a block was freed while a step in flight uses it"
         statuses = Counter(request.status for request in self.alive.values())
         assert self.scheduler.num_running == statuses[RequestStatus.RUNNING]
@@ -401,11 +255,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         while self.alive or self.in_flight:
             self.run(1)
             num_steps += 1
-            assert num_steps < 20_000, "requests run for ever"
-        assert not self.scheduler.has_unfinished
-        assert self.scheduler.schedule() is None
-        assert self.pool.num_free == self.pool.num_blocks
-        assert 0.0 <= self.scheduler.kv_waste < 1.0
+            assert num_steps < MAX_STEPS, "requests run for ever"
+        self.simulation.drain()
 
 
 class MachineAtDepth2(SchedulerMachine):
