@@ -59,6 +59,19 @@ class UsesTheKeyAsValue(LlamaLayer):
         return self.down(functional.silu(gate) * up), residual
 
 
+class CountsHeadsAsTheWholeModelHas(LlamaLayer):
+    """Normalises each head's query, and takes the number of heads from the configuration: a rank has fewer."""
+
+    def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.input_norm(hidden, residual)
+        query, key, value = self.qkv(hidden)
+        heads = query.reshape(len(query), 4, -1)
+        query = functional.rms_norm(heads, heads.shape[-1:]).flatten(1)
+        hidden, residual = self.mlp_norm(self.output(self.attention(query, key, value, context)), residual)
+        gate, up = self.gate_up(hidden)
+        return self.down(functional.silu(gate) * up), residual
+
+
 class SkipsTheNormBeforeTheMlp(LlamaLayer):
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         hidden, residual = self.input_norm(hidden, residual)
@@ -204,6 +217,10 @@ MUTANTS: dict[str, tuple[MakeModel, str]] = {
     "forgets the residual": (_of_layer(ForgetsTheResidual), "test_sum_of_hidden_and_residual_is_what_counts"),
     "ignores positions": (_of_layer(IgnoresPositions), "test_positions_matter"),
     "uses the key as value": (_of_layer(UsesTheKeyAsValue), "test_every_tensor_it_asks_for_is_used"),
+    "counts heads as the whole model has": (
+        _of_layer(CountsHeadsAsTheWholeModelHas),
+        "test_one_rank_computes_its_share_from_what_it_has",
+    ),
     "skips the norm before the mlp": (_of_layer(SkipsTheNormBeforeTheMlp), "test_every_tensor_it_asks_for_is_used"),
     "sees the whole step": (_of_layer(SeesTheWholeStep), "test_later_tokens_do_not_change_earlier_logits"),
     "remembers the last step": (_of_layer(RemembersTheLastStep), "test_same_input_gives_the_same_bits"),

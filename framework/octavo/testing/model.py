@@ -32,8 +32,8 @@ class ModelSuite(Suite):
     """What the engine relies on in every `octavo.interfaces.ModelArchitecture`.
 
     Attributes:
-        config: config.json of a small model, of at least two layers, 64 positions and few enough weights to build the
-            model some fifty times.
+        config: config.json of a small model: two layers or more, 64 positions, an even number of KV heads, and few
+            enough weights to build it some fifty times.
     """
 
     kind = "model"
@@ -213,11 +213,25 @@ class ModelSuite(Suite):
         (wanted,) = self._model(tensors).logits([token_ids])
         _assert_close(ranks[1].model.head(hidden, residual), wanted, "layers on two ranks and the same on one")
 
+    def test_one_rank_computes_its_share_from_what_it_has(self) -> None:
+        """The first of two tensor-parallel ranks, while the second, all its products zero, adds nothing."""
+        token_ids, whole = self._token_ids(_WHOLE), self._tensors()
+        share = dict(whole)
+        for name, axis in ModelUnderTest(self.make, self.config).asked.parted.items():
+            if name in whole:
+                first, second = whole[name].tensor_split(2, axis)
+                share[name] = first
+                if axis == 1:  # each rank has some of the inputs, and the products are summed
+                    whole[name] = torch.cat((first, torch.zeros_like(second)), axis)
+        (wanted,) = self._model(whole).logits([token_ids])
+        (found,) = ModelUnderTest(self.make, self.config, share, num_ranks=2).logits([token_ids])
+        _assert_close(found, wanted, "one rank's share by itself and in the whole model")
+
     # ------------------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
         """Random weights, the same each time."""
-        return ModelUnderTest(self.make, self.config, None, torch.float32).asked.random_tensors()
+        return ModelUnderTest(self.make, self.config).asked.random_tensors()
 
     def _model(self, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32) -> ModelUnderTest:
         return ModelUnderTest(self.make, self.config, self._tensors() if tensors is None else tensors, dtype)

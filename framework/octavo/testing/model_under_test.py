@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,18 +30,33 @@ _MAX_NUM_REQUESTS = 4
 
 
 class ModelUnderTest:
-    """A model on the CPU, with torch attention, unquantized linears and these weights."""
+    """A model on the CPU, with torch attention, unquantized linears and these weights.
+
+    Attributes:
+        asked: the factory, with what the model asked it for.
+        model: as the architecture made it.
+    """
 
     def __init__(
-        self, make: MakeModel, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+        self,
+        make: MakeModel,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        num_ranks: int = 1,
     ) -> None:
-        """`tensors` None builds it only, to see what it asks for."""
+        """Build and load it.
+
+        Args:
+            tensors: None builds it only, to see what it asks for; no memory is taken, so real sizes are welcome.
+            num_ranks: of several tensor-parallel ranks it is the first, which has the first part of every projection.
+        """
         self.config = ModelConfig.from_dict(config, {})
         attention = _builtin("attention", "torch")
-        self._attention = build_attention(attention, attention, _attention_need(self.config, dtype))
+        self._attention = build_attention(attention, attention, _attention_need(self.config, dtype, num_ranks))
         loader = WeightLoader()
         method = _builtin("quantization", "unquantized").build({}, dtype, "cpu")
-        self.asked = RecordingFactory(DeviceLayerFactory(method, self._attention, loader), loader)
+        self.asked = RecordingFactory(DeviceLayerFactory(method, self._attention, loader), loader, num_ranks)
         self.model = make(self.config, self.asked)
         self._rotary = RotaryTable(self.config.rope, self.config.head_dim, _MAX_MODEL_LEN, dtype, "cpu")
         if tensors is not None:
@@ -129,18 +144,20 @@ class ModelUnderTest:
 
 
 class RecordingFactory(LayerFactory):
-    """Hands on to the engine's factory, and records what was asked for.
+    """Hands on to the engine's factory, of a projection the first of `num_ranks` parts, and records what it was asked.
 
     Attributes:
-        shapes: by tensor name, every shape it was expected in.
+        parted: by tensor name, the axis along which ranks part it.
         attentions: (layer_index, num_heads, num_kv_heads, head_dim) of each attention.
         qkv_heads: (num_heads, num_kv_heads, head_dim) of each qkv_linear.
         inputs: of the last pass, (prefix, input) of each projection in the order of their calls.
     """
 
-    def __init__(self, factory: LayerFactory, loader: WeightLoader) -> None:
+    def __init__(self, factory: LayerFactory, loader: WeightLoader, num_ranks: int = 1) -> None:
         self._factory = factory
         self._loader = loader
+        self._num_ranks = num_ranks
+        self.parted: dict[str, int] = {}
         self.attentions: list[tuple[int, int, int, int]] = []
         self.qkv_heads: list[tuple[int, int, int]] = []
         self.inputs: list[tuple[str, Tensor]] = []
@@ -150,11 +167,13 @@ class RecordingFactory(LayerFactory):
 
     @property
     def shapes(self) -> dict[str, set[tuple[int, ...]]]:
+        """By tensor name, every shape it was expected in."""
         return {name: {one.shape for one in several} for name, several in self._loader.expected.items()}
 
     def linear(self, prefix: str, in_features: int, out_features: int, *, bias: bool = False) -> Unary:
         self._plain_linears.add(prefix)
-        linear = self._factory.linear(prefix, in_features, out_features, bias=bias)
+        self.parted[f"{prefix}.weight"] = 1
+        linear = self._factory.linear(prefix, in_features // self._num_ranks, out_features, bias=bias)
 
         def call(x: Tensor) -> Tensor:
             self.inputs.append((prefix, x))
@@ -165,7 +184,8 @@ class RecordingFactory(LayerFactory):
     def stacked_linear(
         self, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool = False
     ) -> StackedLinearLayer:
-        return self._recorded(prefix, self._factory.stacked_linear(prefix, in_features, parts, bias=bias))
+        sizes = {name: size // self._num_ranks for name, size in parts.items()}
+        return self._recorded(prefix, parts, self._factory.stacked_linear(prefix, in_features, sizes, bias=bias))
 
     def qkv_linear(
         self,
@@ -180,9 +200,15 @@ class RecordingFactory(LayerFactory):
     ) -> StackedLinearLayer:
         self.qkv_heads.append((num_heads, num_kv_heads, head_dim))
         linear = self._factory.qkv_linear(
-            prefix, in_features, num_heads, num_kv_heads, head_dim, bias=bias, names=names
+            prefix,
+            in_features,
+            num_heads // self._num_ranks,
+            num_kv_heads // self._num_ranks,
+            head_dim,
+            bias=bias,
+            names=names,
         )
-        return self._recorded(prefix, linear)
+        return self._recorded(prefix, names, linear)
 
     def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm:
         self._norms.add(f"{prefix}.weight")
@@ -199,7 +225,8 @@ class RecordingFactory(LayerFactory):
         self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
     ) -> AttentionLayer:
         self.attentions.append((layer_index, num_heads, num_kv_heads, head_dim))
-        return self._factory.attention(layer_index, num_heads, num_kv_heads, head_dim, scale)
+        heads = (num_heads // self._num_ranks, num_kv_heads // self._num_ranks)
+        return self._factory.attention(layer_index, *heads, head_dim, scale)
 
     def linears_that_share_their_input(self) -> list[str]:
         """The plain linears of the last pass whose input another projection read too."""
@@ -220,7 +247,9 @@ class RecordingFactory(LayerFactory):
                 tensors[name] = noise if name in self._embeddings else noise / noise.shape[1] ** 0.5
         return tensors
 
-    def _recorded(self, prefix: str, linear: StackedLinearLayer) -> StackedLinearLayer:
+    def _recorded(self, prefix: str, names: Iterable[str], linear: StackedLinearLayer) -> StackedLinearLayer:
+        self.parted |= {f"{prefix}.{name}.{parameter}": 0 for name in names for parameter in ("weight", "bias")}
+
         def call(x: Tensor) -> tuple[Tensor, ...]:
             self.inputs.append((prefix, x))
             return linear(x)
@@ -233,12 +262,12 @@ def _builtin(kind: str, name: str) -> ChosenComponent:
     return registry.component(registry.find(kind, f"builtin/{name}"), {})
 
 
-def _attention_need(config: ModelConfig, dtype: torch.dtype) -> AttentionNeed:
+def _attention_need(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> AttentionNeed:
     return AttentionNeed(
         device="cpu",
         dtype=str(dtype).removeprefix("torch."),
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
+        num_heads=config.num_heads // num_ranks,
+        num_kv_heads=config.num_kv_heads // num_ranks,
         head_dim=config.head_dim,
         block_size=_BLOCK_SIZE,
     )

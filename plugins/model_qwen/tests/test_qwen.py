@@ -237,4 +237,4 @@ def test_a_checkpoint_without_a_bias_is_refused_by_its_name(changed: Callable[..
 
 def built(raw: dict[str, Any]) -> ModelUnderTest:
     """Built without weights, so at any size."""
-    return ModelUnderTest(Qwen, raw, None, torch.bfloat16)
+    return ModelUnderTest(Qwen, raw)
