@@ -7,11 +7,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
+from fractions import Fraction
 
 from octavo.cli.engine_options import add_engine_options, add_model_argument, engine_settings
 from octavo.plan import Plan, make_plan
 
-_UNITS = {
+_UNITS: dict[str, int] = {
     "": 1,
     "b": 1,
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
@@ -58,8 +59,7 @@ def parse_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no size; write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB"
         )
-    whole, _, fraction = match[1].partition(".")
-    return int(whole + fraction) * _UNITS[match[2]] // int(10 ** len(fraction))
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 # -------------------------------------------------------------------------------------------------------- JSON
