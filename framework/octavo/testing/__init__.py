@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from octavo._lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from octavo.testing.attention import AttentionSuite as AttentionSuite
     from octavo.testing.model import ModelSuite as ModelSuite
+    from octavo.testing.quantization import QuantizationCase as QuantizationCase
     from octavo.testing.quantization import QuantizationSuite as QuantizationSuite
+    from octavo.testing.quantization import StoredLinear as StoredLinear
     from octavo.testing.run import run_suite as run_suite
     from octavo.testing.scheduler import SchedulerSuite as SchedulerSuite
     from octavo.testing.suite import Suite as Suite
@@ -25,11 +29,14 @@ if TYPE_CHECKING:
 _MODULES = {
     "attention": ("AttentionSuite",),
     "model": ("ModelSuite",),
-    "quantization": ("QuantizationSuite",),
+    "quantization": ("QuantizationCase", "QuantizationSuite", "StoredLinear"),
     "run": ("run_suite",),
     "scheduler": ("SchedulerSuite",),
     "suite": ("Suite",),
 }
+
+# A failed assert of a suite shows its values, as one in the author's own test file does. Before anything imports them.
+pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
 if not TYPE_CHECKING:  # type checkers read the imports above, and so find a misspelt name
     __getattr__, __all__ = lazy_getattr(__name__, _MODULES)

@@ -1,0 +1,340 @@
+"""A plain attention backend, right in every step, and backends that each get one step wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from octavo.interfaces import PAD_SLOT, AttentionBackend, BatchLayout, BatchLimits, KVBuffer, KVCache, KVLayout
+from octavo.plugins.specs import AttentionNeed
+
+
+class PlainAttention(AttentionBackend):
+    """One request after the other: write, gather, scores, mask, softmax, sum. Layout "torch-nhd"."""
+
+    def __init__(self, need: AttentionNeed) -> None:
+        super().__init__(need)
+        self.dtype: torch.dtype = getattr(torch, str(need.dtype))
+        self.group = need.num_heads // need.num_kv_heads
+
+    def kv_layout(self) -> KVLayout:
+        shape = (self.need.block_size, self.need.num_kv_heads, self.need.head_dim)
+        buffers = tuple(KVBuffer(name=name, block_shape=shape, dtype=self.dtype) for name in ("key", "value"))
+        return KVLayout(name="torch-nhd", buffers=buffers)
+
+    def make_state(self, limits: BatchLimits) -> dict[str, object]:
+        return {}
+
+    def plan(self, layout: BatchLayout, state: object) -> None:
+        assert isinstance(state, dict)
+        state["layout"] = layout
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+    ) -> Tensor:
+        assert isinstance(state, dict)
+        layout: BatchLayout = state["layout"]
+        self.write(kv_cache, key, value, layout)
+        outputs = []
+        for index in range(layout.num_requests):
+            tokens = slice(int(layout.host_query_start_loc[index]), int(layout.host_query_start_loc[index + 1]))
+            seq_len = self.seq_len(layout, index)
+            slots = self.slots(layout.block_table[index].long(), seq_len)
+            keys, values = (buffer.flatten(0, 1)[slots] for buffer in kv_cache)
+            scores = self.scores(query[tokens], keys, self.scale(scale))
+            hidden = self.hidden(tokens.stop - tokens.start, seq_len)
+            weights = self.softmax(scores.masked_fill(hidden, -torch.inf))
+            outputs.append(torch.einsum("hqk,khd->qhd", weights, self.heads_of(values).float()))
+        return self.result(torch.cat(outputs).flatten(1))
+
+    # Each step that a mutant may get wrong.
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        written = layout.slot_mapping != PAD_SLOT
+        for buffer, new in zip(kv_cache, (key, value), strict=True):
+            buffer.flatten(0, 1)[layout.slot_mapping[written]] = new[written]
+
+    def seq_len(self, layout: BatchLayout, index: int) -> int:
+        return int(layout.seq_lens[index])
+
+    def slots(self, block_ids: Tensor, seq_len: int) -> Tensor:
+        positions, size = torch.arange(seq_len), self.need.block_size
+        return block_ids[positions // size] * size + positions % size
+
+    def scale(self, scale: float) -> float:
+        return scale
+
+    def heads_of(self, keys: Tensor) -> Tensor:
+        return keys.repeat_interleave(self.group, dim=1)
+
+    def scores(self, query: Tensor, keys: Tensor, scale: float) -> Tensor:
+        return torch.einsum("qhd,khd->hqk", query.float(), self.heads_of(keys).float()) * scale
+
+    def hidden(self, num_tokens: int, seq_len: int) -> Tensor:
+        return torch.arange(seq_len) > torch.arange(seq_len - num_tokens, seq_len).unsqueeze(1)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        return scores.softmax(dim=-1)
+
+    def result(self, output: Tensor) -> Tensor:
+        return output.to(self.dtype)
+
+
+class OneBufferAttention(PlainAttention):
+    """As right, over another layout: one buffer, heads before tokens."""
+
+    def kv_layout(self) -> KVLayout:
+        shape = (2, self.need.num_kv_heads, self.need.block_size, self.need.head_dim)
+        return KVLayout(name="one-buffer", buffers=(KVBuffer(name="kv", block_shape=shape, dtype=self.dtype),))
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+    ) -> Tensor:
+        (buffer,) = kv_cache
+        both = tuple(buffer[:, index].transpose(1, 2).contiguous() for index in (0, 1))
+        output = super().forward(query, key, value, both, state, scale)
+        for index, tensor in enumerate(both):
+            buffer[:, index] = tensor.transpose(1, 2)
+        return output
+
+
+# -------------------------------------------------------------------------------------------- what is attended to
+
+
+class IgnoresBlockTable(PlainAttention):
+    def slots(self, block_ids: Tensor, seq_len: int) -> Tensor:
+        return torch.arange(seq_len) + self.need.block_size
+
+
+class ReadsPadding(PlainAttention):
+    """Rounds each context up to whole blocks."""
+
+    def seq_len(self, layout: BatchLayout, index: int) -> int:
+        size = self.need.block_size
+        return min(-(-int(layout.seq_lens[index]) // size) * size, layout.block_table.shape[1] * size)
+
+
+class OffByOne(PlainAttention):
+    """Forgets that a decode's own token is part of its context."""
+
+    def seq_len(self, layout: BatchLayout, index: int) -> int:
+        return int(layout.seq_lens[index]) - (index < layout.num_decode_requests)
+
+
+class NoCausalMask(PlainAttention):
+    def hidden(self, num_tokens: int, seq_len: int) -> Tensor:
+        return torch.zeros(num_tokens, seq_len, dtype=torch.bool)
+
+
+class MaskFromTheTop(PlainAttention):
+    """Aligns the mask of a chunk with the beginning of the context, not with its end."""
+
+    def hidden(self, num_tokens: int, seq_len: int) -> Tensor:
+        return torch.arange(seq_len) > torch.arange(num_tokens).unsqueeze(1)
+
+
+class TrustsHostLengths(PlainAttention):
+    def seq_len(self, layout: BatchLayout, index: int) -> int:
+        return int(layout.host_seq_lens[index])
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic
+
+
+class TilesGroups(PlainAttention):
+    def heads_of(self, keys: Tensor) -> Tensor:
+        return keys.repeat(1, self.group, 1)
+
+
+class HardCodesScale(PlainAttention):
+    def scale(self, scale: float) -> float:
+        return float(self.need.head_dim**-0.5)
+
+
+class ScaleOf64(PlainAttention):
+    """Right for the commonest head size, and for any scale a caller gives that is not the usual one."""
+
+    def scale(self, scale: float) -> float:
+        return 0.125 if scale == self.need.head_dim**-0.5 else scale
+
+
+class LowPrecisionProbabilities(PlainAttention):
+    def softmax(self, scores: Tensor) -> Tensor:
+        return super().softmax(scores).bfloat16().float()
+
+
+class Overflows(PlainAttention):
+    """Softmax without subtracting the largest score."""
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        weights = scores.exp()
+        return weights / weights.sum(dim=-1, keepdim=True)
+
+
+class AnswersInFloat32(PlainAttention):
+    def result(self, output: Tensor) -> Tensor:
+        return output
+
+
+class NeverTheSame(PlainAttention):
+    def result(self, output: Tensor) -> Tensor:
+        return super().result(output * (1 + 1e-6 * torch.rand_like(output)))
+
+
+class OnlyPowersOfTwo(PlainAttention):
+    """Rounds a head down to a power of two, as a tile of a kernel without a mask would."""
+
+    def scores(self, query: Tensor, keys: Tensor, scale: float) -> Tensor:
+        size = 1 << (self.need.head_dim.bit_length() - 1)
+        return super().scores(query[..., :size], keys[..., :size], scale)
+
+
+# ------------------------------------------------------------------------------------------------ cache and inputs
+
+
+class WritesNextSlotToo(PlainAttention):
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        last = dataclasses.replace(
+            layout, slot_mapping=torch.where(layout.slot_mapping < 0, -1, layout.slot_mapping + 1)
+        )
+        super().write(kv_cache, key, value, last)
+        super().write(kv_cache, key, value, layout)
+
+
+class WritesPadding(PlainAttention):
+    """PAD_SLOT is -1, and index -1 is the last slot."""
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        for buffer, new in zip(kv_cache, (key, value), strict=True):
+            buffer.flatten(0, 1)[layout.slot_mapping] = new
+
+
+class ClampsPadding(PlainAttention):
+    """Writes padding to slot 0."""
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        slots = layout.slot_mapping.clamp(min=0)
+        super().write(kv_cache, key, value, dataclasses.replace(layout, slot_mapping=slots))
+
+
+class ClearsBlocks(PlainAttention):
+    """Takes a block in which it writes for a new one."""
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        for buffer in kv_cache:
+            buffer[layout.slot_mapping // self.need.block_size] = 0
+        super().write(kv_cache, key, value, layout)
+
+
+class WritesOnce(PlainAttention):
+    """Writes in the first layer after a plan only."""
+
+    def plan(self, layout: BatchLayout, state: object) -> None:
+        super().plan(layout, state)
+        self.has_written = False
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        if not self.has_written:
+            super().write(kv_cache, key, value, layout)
+        self.has_written = True
+
+
+class BlocksKnowTheirNumber(PlainAttention):
+    """Stores keys with a sign that depends on the block's id, so that a block cannot be copied."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+    ) -> Tensor:
+        keys = kv_cache[0]
+        keys[::2] *= -1
+        output = super().forward(query, key, value, kv_cache, state, scale)
+        keys[::2] *= -1
+        return output
+
+
+class KeepsLongestLengths(PlainAttention):
+    """Keeps lengths in its state and only ever raises them."""
+
+    def plan(self, layout: BatchLayout, state: object) -> None:
+        assert isinstance(state, dict)
+        kept = state.setdefault("seq_lens", torch.zeros(32, dtype=torch.int32))[: layout.num_requests]
+        state["layout"] = dataclasses.replace(layout, seq_lens=torch.maximum(kept, layout.seq_lens, out=kept))
+
+
+class ScalesQueryInPlace(PlainAttention):
+    def scores(self, query: Tensor, keys: Tensor, scale: float) -> Tensor:
+        return super().scores(query.mul_(scale), keys, 1.0)
+
+
+class WantsContiguousValues(PlainAttention):
+    """Reads values as if they lay without gaps, as a kernel with fixed strides would."""
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        packed = torch.empty(value.shape).stride()
+        super().write(kv_cache, key, value.as_strided(value.shape, packed), layout)
+
+
+# ---------------------------------------------------------------------------------------------------- contract
+
+
+class MisnamesLayout(PlainAttention):
+    def kv_layout(self) -> KVLayout:
+        return dataclasses.replace(super().kv_layout(), name="torch-hnd")
+
+
+class LayoutDependsOnPhase(PlainAttention):
+    def kv_layout(self) -> KVLayout:
+        layout = super().kv_layout()
+        return layout if "prefill" in self.need.features else dataclasses.replace(layout, name="torch-nhd-decode")
+
+
+class SwapsKeysAndValues(PlainAttention):
+    """Publishes a layout's name and fills its buffers the other way round."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+    ) -> Tensor:
+        return super().forward(query, key, value, kv_cache[::-1], state, scale)
+
+
+MUTANTS: dict[type[PlainAttention], str] = {
+    IgnoresBlockTable: "decodes_equal_the_formula",
+    ReadsPadding: "decodes_equal_the_formula",
+    OffByOne: "decodes_equal_the_formula",
+    NoCausalMask: "later_tokens_of_a_prefill_change_nothing_before_them",
+    MaskFromTheTop: "chunks_attend_to_their_context_and_to_themselves",
+    TrustsHostLengths: "lengths_on_the_host_may_exceed_those_of_decodes",
+    TilesGroups: "query_heads_are_grouped_in_order_over_the_kv_heads",
+    HardCodesScale: "scale_is_the_one_that_was_given",
+    ScaleOf64: "every_head_size_that_it_accepts",
+    LowPrecisionProbabilities: "decodes_equal_the_formula",
+    Overflows: "large_scores_do_not_overflow",
+    AnswersInFloat32: "every_dtype_that_it_accepts",
+    NeverTheSame: "same_step_gives_the_same_bits",
+    OnlyPowersOfTwo: "every_head_size_that_it_accepts",
+    WritesNextSlotToo: "writes_no_block_but_those_of_its_slots",
+    WritesPadding: "padding_is_not_written_and_disturbs_nobody",
+    ClampsPadding: "padding_is_not_written_and_disturbs_nobody",
+    ClearsBlocks: "what_one_step_writes_the_next_ones_read",
+    WritesOnce: "one_plan_serves_every_layer",
+    BlocksKnowTheirNumber: "copied_block_means_the_same_elsewhere",
+    KeepsLongestLengths: "plan_forgets_the_one_before",
+    ScalesQueryInPlace: "inputs_are_left_as_they_are",
+    WantsContiguousValues: "inputs_may_be_slices_of_one_wider_tensor",
+    MisnamesLayout: "kv_layout_has_the_name_that_its_spec_publishes",
+    LayoutDependsOnPhase: "kv_layout_follows_from_the_need_alone",
+    SwapsKeysAndValues: "other_backends_of_its_layout_read_what_it_writes",
+}
+"""Each mutant, and the test of the suite that names its fault (others may fail too)."""
+
+
+def refuses_without_a_word(need: AttentionNeed) -> list[str]:
+    """A probe whose reasons are none."""
+    return ["no"] if need.block_size == 3 else []
+
+
+def raises_on_odd_head_sizes(need: AttentionNeed) -> list[str]:
+    """A probe with a fault."""
+    return [] if need.head_dim % 2 == 0 else [str(1 // 0)]
