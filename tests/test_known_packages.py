@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from octavo.cli import main
 from octavo.errors import UnavailableComponentError, UnknownNameError
-from octavo.plugins.host import BUILTIN, Plugin, PluginHost, PluginState
+from octavo.plugins import host
+from octavo.plugins.host import BUILTIN, Plugin, PluginHost, PluginRules, PluginState, discover
 from octavo.plugins.known_packages import KNOWN_PACKAGES, KnownPackage
 from octavo.plugins.registry import Registry
 from octavo.plugins.specs import (
@@ -59,9 +61,7 @@ def need_for(package: KnownPackage, served: str) -> Need:
 
 def only_builtins(*others: Plugin) -> Registry:
     """What is left when no package outside the core is installed."""
-    host = PluginHost()
-    host.load(BUILTIN)
-    return Registry([*host.plugins, *others])
+    return Registry([PluginHost().load(BUILTIN), *others])
 
 
 # ------------------------------------------------------------------------------------------------------- the table
@@ -132,6 +132,19 @@ def test_name_of_a_package_that_is_installed_and_did_not_load_is_told_its_fault_
     with pytest.raises(UnavailableComponentError, match="disabled: the deny-list names it") as caught:
         only_builtins(disabled).find(package.kind, name)
     assert "pip install" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", KNOWN_PACKAGES, ids=id_of)
+def test_plugin_that_is_asked_for_and_not_installed_names_the_package(
+    package: KnownPackage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host, "entry_points", lambda group: [])
+    advice = f"{package.distribution} brings it: `pip install {package.distribution}`."
+    plugin = package.distribution.removeprefix("octavo-")
+    (missing,) = (one for one in discover(PluginRules(allow=(plugin,))) if one.faulty)
+    assert missing.reason.endswith(advice)
+    assert main(["plugins", plugin]) == 1
+    assert advice in capsys.readouterr().err
 
 
 def test_name_that_no_package_brings_is_told_none() -> None:

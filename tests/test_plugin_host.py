@@ -321,7 +321,7 @@ def test_name_in_the_allow_list_that_nothing_brings_is_seen(site_packages: Any) 
     site_packages.install("lottery", SOUND)
     plugin = plugin_named("lotery", {"OCTAVO_PLUGINS": "lotery"})
     assert plugin.state is PluginState.BROKEN
-    assert "did you mean 'lottery'?" in plugin.reason
+    assert "Did you mean 'lottery'?" in plugin.reason
 
 
 # ---------------------------------------------------------------------------------------------- one by one

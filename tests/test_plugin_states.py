@@ -335,7 +335,7 @@ def test_start_up_goes_on_past_faulty_plugins_unless_strict(faulty: None, monkey
 
 def test_name_in_the_allow_list_that_nothing_brings_is_a_fault_in_strict_mode(site_packages: Any) -> None:
     site_packages.install("lottery", SOUND)
-    with pytest.raises(PluginError, match=r"lotery broken: the allow-list names it, but no .* did you mean 'lottery'"):
+    with pytest.raises(PluginError, match=r"lotery broken: the allow-list names it, but no .* Did you mean 'lottery'"):
         default_registry(PluginRules(allow=("lotery",), strict=True))
 
 

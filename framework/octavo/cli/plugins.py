@@ -10,6 +10,7 @@ from difflib import get_close_matches
 
 from octavo.errors import PluginError, UnknownNameError
 from octavo.plugins.host import Plugin, discover
+from octavo.plugins.known_packages import package_of_plugin
 from octavo.plugins.options import options_model
 from octavo.plugins.specs import Spec
 
@@ -77,8 +78,8 @@ def _named(name: str, plugins: tuple[Plugin, ...]) -> list[Plugin]:
         return found
     known = [plugin.name for plugin in plugins]
     near = get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UnknownNameError(f"No plugin named {name!r}. Installed: {', '.join(known)}.{hint}")
+    hint = package_of_plugin(name) or (f"Did you mean {near[0]!r}?" if near else "")
+    raise UnknownNameError(f"No plugin named {name!r}. Installed: {', '.join(known)}. {hint}".rstrip())
 
 
 def _details(spec: Spec) -> Iterator[tuple[str, object]]:

@@ -34,6 +34,7 @@ from octavo.plugins.hookspecs import (
     misspelt_hooks,
     why_incompatible,
 )
+from octavo.plugins.known_packages import package_of_plugin
 from octavo.plugins.specs import Spec
 
 
@@ -323,8 +324,8 @@ def _allowed_but_missing(rules: PluginRules, installed: set[str]) -> Iterator[Pl
     for name in rules.allow or ():
         if name not in installed:
             near = get_close_matches(name, installed, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            reason = f"the allow-list names it, but no installed distribution brings it{hint}"
+            hint = package_of_plugin(name) or (f"Did you mean {near[0]!r}?" if near else "")
+            reason = f"the allow-list names it, but no installed distribution brings it. {hint}".rstrip()
             yield Plugin(name=name, module="", distribution="", version="", state=PluginState.BROKEN, reason=reason)
 
 

@@ -71,8 +71,17 @@ def packages_to_install(kind: str, wanted: str | Need, installed: Iterable[str])
     """
     here = set(installed)
     return " ".join(
-        f"{package.distribution} brings it: `pip install {package.distribution}`."
+        _advice(package.distribution)
         for package in KNOWN_PACKAGES
         if package.kind == kind and package.distribution not in here
         if (package.brings(wanted) if isinstance(wanted, str) else package.can_serve(wanted))
     )
+
+
+def package_of_plugin(name: str) -> str:
+    """A sentence when a known package brings the plugin of this name; else empty."""
+    return next((_advice(one.distribution) for one in KNOWN_PACKAGES if one.distribution == f"octavo-{name}"), "")
+
+
+def _advice(distribution: str) -> str:
+    return f"{distribution} brings it: `pip install {distribution}`."
