@@ -1,0 +1,152 @@
+"""Advice of plans that do not fit: each, followed alone, makes it fit, and a step less does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_configs import LLAMA_3_8B, LLAMA_3_70B, write_config
+
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError
+from octavo.plan import Advice, Plan, make_plan
+
+GIB = 2**30
+LONG_8B = {**LLAMA_3_8B, "max_position_embeddings": 131072}
+BLOCK = 16 * 131072  # bytes of a KV block of Llama-3-8B
+
+# config.json, what is asked for, and the settings that are advised
+MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
+    "weights larger than the device": (
+        LLAMA_3_70B,
+        {"memory": 80 * GIB, "device": "cuda"},
+        {"tensor_parallel_size", "memory"},
+    ),
+    "weights larger than two devices": (
+        LLAMA_3_70B,
+        {"memory": 24 * GIB, "device": "cuda", "tensor_parallel_size": 2},
+        {"tensor_parallel_size", "memory"},
+    ),
+    "weights alone fit": (
+        LLAMA_3_8B,
+        {"memory": 16 * GIB, "device": "cuda"},
+        {"tensor_parallel_size", "memory"},
+    ),
+    "requests too long": (
+        LONG_8B,
+        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 100_000},
+        {"tensor_parallel_size", "max_model_len", "memory"},
+    ),
+    "KV cache set too small": (
+        LLAMA_3_8B,
+        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8000, "kv_cache_memory_bytes": 300 * BLOCK + 7},
+        {"tensor_parallel_size", "max_model_len", "kv_cache_memory_bytes"},
+    ),
+    "KV cache set too large": (
+        LLAMA_3_8B,
+        {"memory": 24 * GIB, "device": "cuda", "kv_cache_memory_bytes": 10 * GIB},
+        {"tensor_parallel_size", "kv_cache_memory_bytes", "memory"},
+    ),
+    "the rule of a CPU": (
+        LONG_8B,
+        {"memory": 48 * GIB, "device": "cpu", "dtype": "bfloat16", "max_model_len": 40_000},
+        {"tensor_parallel_size", "max_model_len", "kv_cache_memory_bytes"},
+    ),
+    "twice as wide as need be": (
+        LLAMA_3_8B,
+        {"memory": 24 * GIB, "device": "cuda", "dtype": "float32"},
+        {"tensor_parallel_size", "dtype", "memory"},
+    ),
+    "too many adapters": (
+        LLAMA_3_8B,
+        {"memory": 24 * GIB, "device": "cuda", "max_loras": 100, "max_lora_rank": 64},
+        {"tensor_parallel_size", "max_loras", "memory"},
+    ),
+}
+
+
+def plan_of(model: str, asked: dict[str, Any]) -> Plan:
+    settings = dict(asked)
+    arguments = {name: settings.pop(name) for name in ("max_loras", "max_lora_rank") if name in settings}
+    memory = settings.pop("memory")
+    return make_plan(EngineConfig.create(model=model, **settings), memory_bytes=memory, **arguments)
+
+
+def steps_less(advice: Advice, asked: dict[str, Any]) -> list[int]:
+    """Values of the setting that fall short of what is advised; [] for a dtype."""
+    if isinstance(advice.value, str):
+        return []
+    if advice.setting == "tensor_parallel_size":
+        return list(range(asked.get("tensor_parallel_size", 1), advice.value))
+    if advice.setting in ("max_model_len", "max_loras"):
+        return [advice.value + 1]
+    if "Lower" in advice.sentence:
+        return [advice.value + BLOCK]
+    return [advice.value - 1]
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_each_advice_is_enough_and_a_step_less_is_not(case: str, tmp_path: Path) -> None:
+    config, asked, settings = MISFITS[case]
+    model = write_config(tmp_path, config)
+    plan = plan_of(model, asked)
+    assert not plan.fits
+    assert {one.setting for one in plan.advice} == settings
+    for advice in plan.advice:
+        assert plan_of(model, {**asked, advice.setting: advice.value}).fits, advice
+        for value in steps_less(advice, asked):
+            try:
+                fits = plan_of(model, {**asked, advice.setting: value}).fits
+            except ConfigError:  # so many devices cannot share the model
+                fits = False
+            assert not fits, advice
+
+
+def test_a_model_s_own_length_need_not_fit_but_what_would_serve_it_is_told(tmp_path: Path) -> None:
+    model = write_config(tmp_path, LONG_8B)
+    asked = {"memory": 24 * GIB, "device": "cuda"}
+    plan = plan_of(model, asked)
+    assert plan.fits
+    assert plan.longest_context == plan.num_tokens < 131072
+    assert {one.setting for one in plan.advice} == {"tensor_parallel_size", "memory"}
+    for advice in plan.advice:
+        assert plan_of(model, {**asked, advice.setting: advice.value}).longest_context == 131072
+        assert isinstance(advice.value, int)
+        assert plan_of(model, {**asked, advice.setting: advice.value - 1}).longest_context < 131072
+
+
+def test_the_longest_request_s_cache_is_told_to_the_byte(tmp_path: Path) -> None:
+    model = write_config(tmp_path, LONG_8B)
+    asked = {"memory": 48 * GIB, "device": "cpu", "dtype": "bfloat16"}
+    advice = {one.setting: one.value for one in plan_of(model, asked).advice}
+    assert advice["kv_cache_memory_bytes"] == 131072 * 131072
+    assert plan_of(model, {**asked, "kv_cache_memory_bytes": 131072 * 131072}).longest_context == 131072
+    assert plan_of(model, {**asked, "kv_cache_memory_bytes": 131072 * 131072 - 1}).longest_context == 131072 - 16
+
+
+def test_what_serves_all_that_is_asked_is_given_no_advice(tmp_path: Path) -> None:
+    plan = plan_of(write_config(tmp_path, LLAMA_3_8B), {"memory": 24 * GIB, "device": "cuda"})
+    assert plan.fits
+    assert plan.advice == ()
+
+
+def test_advice_to_use_more_devices_says_when_no_executor_can(tmp_path: Path) -> None:
+    plan = plan_of(write_config(tmp_path, LLAMA_3_70B), {"memory": 80 * GIB, "device": "cuda"})
+    assert plan.advice[0].sentence == (
+        "Raise tensor_parallel_size to 2 devices with as much memory each; no executor installed here runs so many."
+    )
+
+
+def test_faults_have_their_numbers(tmp_path: Path) -> None:
+    model = write_config(tmp_path, LLAMA_3_8B)
+    static = 16_060_522_496 + 4_194_304  # weights and rotary tables
+    assert plan_of(model, {"memory": 10**10, "device": "cuda"}).faults == (
+        f"Weights and rotary tables take {static:,} bytes of each device, and only 10,000,000,000 are free.",
+    )
+    too_large = {"memory": 24 * GIB, "device": "cuda", "kv_cache_memory_bytes": 10 * GIB}
+    assert plan_of(model, too_large).faults == (
+        f"The KV cache of {10 * GIB:,} bytes does not fit beside the {static:,} bytes of the rest: "
+        f"{24 * GIB - static:,} are free.",
+    )
