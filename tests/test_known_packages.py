@@ -117,11 +117,8 @@ def test_model_that_only_a_package_serves_which_is_not_installed_names_the_packa
     assert f"{package.distribution} brings it: `pip install {package.distribution}`." in str(error)
 
 
-@pytest.mark.parametrize(("package", "name"), NAMES, ids=id_of)
-def test_name_of_a_package_that_is_installed_and_did_not_load_is_told_its_fault_instead(
-    package: KnownPackage, name: str
-) -> None:
-    disabled = Plugin(
+def kept_out(package: KnownPackage) -> Plugin:
+    return Plugin(
         name="renamed",
         module="m",
         distribution=package.distribution,
@@ -129,9 +126,24 @@ def test_name_of_a_package_that_is_installed_and_did_not_load_is_told_its_fault_
         state=PluginState.DISABLED,
         reason="the deny-list names it",
     )
+
+
+@pytest.mark.parametrize(("package", "name"), NAMES, ids=id_of)
+def test_name_of_a_package_that_is_installed_and_did_not_load_is_told_its_fault_instead(
+    package: KnownPackage, name: str
+) -> None:
     with pytest.raises(UnavailableComponentError, match="disabled: the deny-list names it") as caught:
-        only_builtins(disabled).find(package.kind, name)
+        only_builtins(kept_out(package)).find(package.kind, name)
     assert "pip install" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("package", "served"), SERVED, ids=id_of)
+def test_model_of_a_package_that_is_installed_and_did_not_load_is_told_its_fault_instead(
+    package: KnownPackage, served: str
+) -> None:
+    error = only_builtins(kept_out(package)).choose(package.kind, need_for(package, served)).error
+    assert "disabled: the deny-list names it" in str(error)
+    assert "pip install" not in str(error)
 
 
 @pytest.mark.parametrize("package", KNOWN_PACKAGES, ids=id_of)

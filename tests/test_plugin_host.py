@@ -336,7 +336,8 @@ def test_plugin_can_be_loaded_late(site_packages: Any) -> None:
     assert one_host.plugins[1] is late
 
 
-def test_line_is_never_the_hosts_own_even_for_a_module_of_the_core() -> None:
+def test_line_is_never_the_hosts_own_even_for_a_module_of_the_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("octavo.errors.OCTAVO_API", "1.0", raising=False)
     plugin = PluginHost().load(Plugin(name="x", module="octavo.errors", distribution="octavo", version="0"))
     assert plugin.location == f"{sys.modules['octavo.errors'].__file__}:1"
 

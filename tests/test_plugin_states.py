@@ -186,9 +186,9 @@ def test_hook_of_an_incompatible_plugin_is_not_run(site_packages: Any, capsys: p
 
 def test_malformed_api_is_shown_at_its_line(site_packages: Any) -> None:
     file = site_packages.install("lottery", SOUND.replace('"1.0"', "(1, 0)"))
-    assert plugin_named("lottery").fault == (
-        f'broken: OCTAVO_API is (1, 0); write "major.minor" as a string, here "1.0" ({file}:3)'
-    )
+    plugin = plugin_named("lottery")
+    assert isinstance(plugin.error, PluginError)
+    assert plugin.fault == (f'broken: OCTAVO_API is (1, 0); write "major.minor" as a string, here "1.0" ({file}:3)')
 
 
 def test_missing_api_is_told_what_to_write(site_packages: Any) -> None:
