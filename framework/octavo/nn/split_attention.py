@@ -39,15 +39,16 @@ class SplitAttention(AttentionBackend):
     """Gives each backend its slice of the batch, whose rows are ordered decode first; neither knows of the other.
 
     Raises:
-        PluginError: their layouts differ although both go by one name.
+        PluginError: their layouts differ although their specs name the same.
     """
 
     def __init__(self, prefill: AttentionBackend, decode: AttentionBackend) -> None:
         super().__init__(replace(prefill.need, features=prefill.need.features | decode.need.features))
-        if prefill.kv_layout() != decode.kv_layout():
+        layouts = prefill.kv_layout(), decode.kv_layout()
+        if layouts[0] != layouts[1]:
             raise PluginError(
-                f"{type(prefill).__name__} and {type(decode).__name__} both name their KV layout "
-                f"{prefill.kv_layout().name!r} but make it differently: {prefill.kv_layout()} and {decode.kv_layout()}."
+                f"{type(prefill).__name__} and {type(decode).__name__} were chosen to share one KV layout but make it "
+                f"differently: {layouts[0]} and {layouts[1]}. Choose one of them for both."
             )
         self._prefill = prefill
         self._decode = decode
