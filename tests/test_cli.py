@@ -214,7 +214,8 @@ def test_plugins_lists_state_reason_place_and_components(
     assert "greet  ok  dummy-greet 1.2\n  command  greet  Say hello, 100% politely\n" in out
     assert (
         "lottery  broken  dummy-lottery 1.2\n"
-        f"  ModuleNotFoundError: No module named 'no_such_library'\n  at {file}:1\n" in out
+        "  ModuleNotFoundError: No module named 'no_such_library'; install the package that holds 'no_such_library' "
+        f"(`pip install dummy-lottery` brings what the plugin declares)\n  at {file}:1\n" in out
     )
 
 

@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 450
 LONG_FILES: dict[str, str] = {
     "tests/test_scheduler.py": "one fact each about one object, in the order of a request's life",
-    "tests/test_scheduler_properties.py": "one fake model with its cache, and the machines that run over it",
 }
 """Python files over MAX_LINES, each with the reason why it is one idea."""
 

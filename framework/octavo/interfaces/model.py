@@ -88,7 +88,8 @@ class LayerFactory(ABC):
         """Query, key and value projections, parted among devices by whole heads; few KV heads are repeated."""
 
     @abstractmethod
-    def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm: ...
+    def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm:
+        """RMSNorm over the last axis, of `hidden_size`; [num_tokens, heads, head_dim] normalises each head."""
 
     @abstractmethod
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary: ...

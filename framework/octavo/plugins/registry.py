@@ -207,14 +207,14 @@ def default_registry(rules: PluginRules | PluginsConfig | None = None) -> Regist
     """The registry of this environment, with one warning for each plugin that failed to load.
 
     Args:
-        rules: which plugins may load; rules that say nothing leave it to the environment.
+        rules: which plugins may load; without them the environment says so.
 
     Raises:
         PluginError: in strict mode, one that names every plugin that failed.
     """
-    given = PluginRules() if rules is None else PluginRules(allow=rules.allow, deny=rules.deny, strict=rules.strict)
-    if given == PluginRules():
-        given = PluginRules.from_environ(os.environ)
+    if rules is None:
+        rules = PluginRules.from_environ(os.environ)
+    given = PluginRules(allow=rules.allow, deny=rules.deny, strict=rules.strict)
     registry = Registry(discover(given))
     faulty = [plugin for plugin in registry.plugins if plugin.faulty]
     if given.strict and faulty:
