@@ -1,4 +1,4 @@
-"""Advice of plans that do not fit: each, followed alone, makes it fit, and a step less does not."""
+"""Advice of plans that do not fit: each, followed alone, makes the longest request fit, and a step less does not."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ BLOCK = 16 * 131072  # bytes of a KV block of Llama-3-8B
 MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
     "weights larger than the device": (
         LLAMA_3_70B,
-        {"memory": 80 * GIB, "device": "cuda"},
+        {"memory": 80 * GIB, "device": "cuda", "max_model_len": 8192},
         {"tensor_parallel_size", "memory"},
     ),
     "weights larger than two devices": (
         LLAMA_3_70B,
-        {"memory": 24 * GIB, "device": "cuda", "tensor_parallel_size": 2},
+        {"memory": 24 * GIB, "device": "cuda", "tensor_parallel_size": 2, "max_model_len": 8192},
         {"tensor_parallel_size", "memory"},
     ),
     "weights alone fit": (
         LLAMA_3_8B,
-        {"memory": 16 * GIB, "device": "cuda"},
+        {"memory": 16 * GIB, "device": "cuda", "max_model_len": 8192},
         {"tensor_parallel_size", "memory"},
     ),
     "requests too long": (
@@ -46,7 +46,7 @@ MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
     ),
     "KV cache set too large": (
         LLAMA_3_8B,
-        {"memory": 24 * GIB, "device": "cuda", "kv_cache_memory_bytes": 10 * GIB},
+        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8192, "kv_cache_memory_bytes": 10 * GIB},
         {"tensor_parallel_size", "kv_cache_memory_bytes", "memory"},
     ),
     "the rule of a CPU": (
@@ -56,12 +56,12 @@ MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
     ),
     "twice as wide as need be": (
         LLAMA_3_8B,
-        {"memory": 24 * GIB, "device": "cuda", "dtype": "float32"},
+        {"memory": 24 * GIB, "device": "cuda", "dtype": "float32", "max_model_len": 8192},
         {"tensor_parallel_size", "dtype", "memory"},
     ),
     "too many adapters": (
         LLAMA_3_8B,
-        {"memory": 24 * GIB, "device": "cuda", "max_loras": 100, "max_lora_rank": 64},
+        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8192, "max_loras": 100, "max_lora_rank": 64},
         {"tensor_parallel_size", "max_loras", "memory"},
     ),
 }
@@ -95,7 +95,9 @@ def test_each_advice_is_enough_and_a_step_less_is_not(case: str, tmp_path: Path)
     assert not plan.fits
     assert {one.setting for one in plan.advice} == settings
     for advice in plan.advice:
-        assert plan_of(model, {**asked, advice.setting: advice.value}).fits, advice
+        followed = plan_of(model, {**asked, advice.setting: advice.value})
+        assert followed.fits, advice
+        assert followed.serves_max_model_len, advice
         for value in steps_less(advice, asked):
             try:
                 fits = plan_of(model, {**asked, advice.setting: value}).fits
@@ -115,6 +117,28 @@ def test_a_model_s_own_length_need_not_fit_but_what_would_serve_it_is_told(tmp_p
         assert plan_of(model, {**asked, advice.setting: advice.value}).longest_context == 131072
         assert isinstance(advice.value, int)
         assert plan_of(model, {**asked, advice.setting: advice.value - 1}).longest_context < 131072
+
+
+def test_an_engine_that_cannot_start_is_helped_to_the_model_s_own_length_where_that_is_possible(
+    tmp_path: Path,
+) -> None:
+    model = write_config(tmp_path, LONG_8B)
+    asked = {"memory": 16 * GIB, "device": "cuda"}
+    plan = plan_of(model, asked)
+    assert not plan.fits
+    for advice in plan.advice:
+        assert plan_of(model, {**asked, advice.setting: advice.value}).longest_context == 131072, advice
+
+
+def test_advice_that_only_lets_an_engine_start_says_how_long_requests_may_be(tmp_path: Path) -> None:
+    model = write_config(tmp_path, LONG_8B)
+    asked = {"memory": 24 * GIB, "device": "cuda", "kv_cache_memory_bytes": 10 * GIB}
+    (advice,) = [one for one in plan_of(model, asked).advice if one.setting == "kv_cache_memory_bytes"]
+    followed = plan_of(model, {**asked, "kv_cache_memory_bytes": advice.value})
+    assert followed.fits
+    assert advice.sentence.endswith(f"Requests may then have up to {followed.longest_context:,} tokens.")
+    assert isinstance(advice.value, int)
+    assert not plan_of(model, {**asked, "kv_cache_memory_bytes": advice.value + BLOCK}).fits
 
 
 def test_the_longest_request_s_cache_is_told_to_the_byte(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_bytes_of_all_devices_stand_beside_those_of_each(model: str, capsys: pyt
 def test_what_does_not_fit_is_status_1_with_advice(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = octavo(capsys, model, "--device", "cuda", "--memory", "16GB")
     assert status == 1
+    assert "missing            64,716,800" in out
+    assert "requests at once        0  of 8,192 tokens" in out
     verdict = out[out.index("It does not fit.") :].splitlines()
     assert verdict[1].startswith("Weights and rotary tables take 16,064,716,800 bytes of each device")
     assert verdict[2] == "Any of these does:"

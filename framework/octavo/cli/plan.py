@@ -133,7 +133,8 @@ def _byte_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
         yield row("adapters", plan.adapter_bytes, f"{plan.max_loras} of rank {plan.max_lora_rank}")
     yield row("KV budget", plan.kv_cache_budget, plan.kv_cache_rule)
     yield row("KV cache", plan.kv_cache_bytes, f"{plan.sizes.kv_bytes_per_block:,} bytes a block")
-    yield row("left over", plan.free_bytes - plan.kv_cache_bytes, "for activations")
+    left = plan.free_bytes - plan.kv_cache_bytes
+    yield row("left over", left, "for activations") if left >= 0 else row("missing", -left)
 
 
 def _count_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -142,7 +143,8 @@ def _count_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield ("room", f"{plan.num_tokens:,}", "tokens")
     yield ("longest context", f"{plan.longest_context:,}", f"tokens, of {plan.max_model_len:,}")
     most = f"at most max_num_seqs={plan.config.max_num_seqs}"
-    yield ("requests at once", f"{plan.max_concurrent_requests:,}", f"of {plan.longest_context:,} tokens; {most}")
+    length = plan.longest_context or plan.max_model_len
+    yield ("requests at once", f"{plan.max_concurrent_requests:,}", f"of {length:,} tokens; {most}")
     if (typical := plan.tokens_per_request) is not None:
         yield ("", f"{plan.concurrent_requests(typical):,}", f"of {typical:,} tokens; {most}")
 

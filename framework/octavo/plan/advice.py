@@ -8,7 +8,11 @@ from dataclasses import replace
 
 from octavo.plan.counts import Advice, Plan
 from octavo.plan.sizes import MOST_RANKS, RankSizes
-from octavo.runner.kv_cache import DeviceMemory, blocks_for, num_needed_blocks
+from octavo.runner.kv_cache import DeviceMemory, blocks_for
+
+Goal = Callable[[Plan], bool]
+Found = tuple[str, int | str, str, Plan] | None
+"""A setting, the least change of it that does, a sentence, and the plan that results."""
 
 
 def advise(
@@ -17,104 +21,101 @@ def advise(
     can_run: Callable[[int], bool],
     in_bfloat16: Callable[[], Plan],
 ) -> Iterator[Advice]:
-    """Every setting that, changed alone, makes it fit; or, if it fits, makes the longest request fit.
+    """Every setting that, changed alone, makes the longest request fit, or failing that lets an engine start.
 
     Args:
         sizes_of: for so many devices; None when they cannot share the model.
         can_run: whether an executor is installed for so many devices.
         in_bfloat16: the same plan in that dtype.
     """
-    wanted: Callable[[Plan], bool] = (lambda one: one.serves_max_model_len) if plan.fits else (lambda one: one.fits)
-    if wanted(plan):
+    goals: list[Goal] = [lambda one: one.serves_max_model_len]
+    if not plan.fits:
+        goals.append(lambda one: one.fits)
+    if goals[0](plan):
         return
-    yield from _more_devices(plan, wanted, sizes_of, can_run)
-    yield from _shorter_requests(plan, wanted)
-    yield from _kv_cache(plan, wanted)
-    if plan.dtype == "float32" and wanted(in_bfloat16()):
-        yield Advice(setting="dtype", value="bfloat16", sentence="Set dtype to bfloat16, half the size of float32.")
-    yield from _fewer_adapters(plan, wanted)
-    yield from _larger_devices(plan, wanted)
+    for look in (
+        lambda goal: _more_devices(plan, goal, sizes_of, can_run),
+        lambda goal: _shorter_requests(plan, goal),
+        lambda goal: _kv_cache(plan, goal),
+        lambda goal: _narrower(plan, goal, in_bfloat16),
+        lambda goal: _fewer_adapters(plan, goal),
+        lambda goal: _larger_devices(plan, goal),
+    ):
+        if found := next(filter(None, map(look, goals)), None):
+            setting, value, sentence, then = found
+            if not then.serves_max_model_len:
+                sentence += f" Requests may then have up to {then.longest_context:,} tokens."
+            yield Advice(setting=setting, value=value, sentence=sentence)
 
 
 def _more_devices(
-    plan: Plan,
-    wanted: Callable[[Plan], bool],
-    sizes_of: Callable[[int], RankSizes | None],
-    can_run: Callable[[int], bool],
-) -> Iterator[Advice]:
+    plan: Plan, goal: Goal, sizes_of: Callable[[int], RankSizes | None], can_run: Callable[[int], bool]
+) -> Found:
     for num_ranks in range(plan.num_ranks + 1, MOST_RANKS + 1):
-        sizes = sizes_of(num_ranks)
-        if sizes is not None and wanted(replace(plan, sizes=sizes)):
+        if (sizes := sizes_of(num_ranks)) is not None and goal(then := replace(plan, sizes=sizes)):
             needs = "" if can_run(num_ranks) else "; no executor installed here runs so many"
-            yield Advice(
-                setting="tensor_parallel_size",
-                value=num_ranks,
-                sentence=f"Raise tensor_parallel_size to {num_ranks} devices with as much memory each{needs}.",
-            )
-            return
+            sentence = f"Raise tensor_parallel_size to {num_ranks} devices with as much memory each{needs}."
+            return "tensor_parallel_size", num_ranks, sentence, then
+    return None
 
 
-def _shorter_requests(plan: Plan, wanted: Callable[[Plan], bool]) -> Iterator[Advice]:
+def _shorter_requests(plan: Plan, goal: Goal) -> Found:
     if plan.fits or plan.kv_cache_bytes > max(0, plan.free_bytes):
-        return  # the length is what one wants, or not what is too much
+        return None  # the length is what one wants, or not what is too much
 
-    def too_long(length: int) -> bool:
+    def shortened(length: int) -> Plan:
         config = plan.config.model_copy(update={"max_model_len": length})
-        return not wanted(replace(plan, config=config, max_model_len=length))
+        return replace(plan, config=config, max_model_len=length)
 
-    longest = _first(1, plan.max_model_len, too_long) - 1
-    if longest:
-        yield Advice(
-            setting="max_model_len", value=longest, sentence=f"Lower max_model_len to at most {longest:,} tokens."
-        )
+    most = _first(1, plan.max_model_len, lambda length: not goal(shortened(length))) - 1
+    if not most:
+        return None
+    return "max_model_len", most, f"Lower max_model_len to at most {most:,} tokens.", shortened(most)
 
 
-def _kv_cache(plan: Plan, wanted: Callable[[Plan], bool]) -> Iterator[Advice]:
-    def with_bytes(num_bytes: int) -> Plan:
+def _kv_cache(plan: Plan, goal: Goal) -> Found:
+    def given(num_bytes: int | None) -> Plan:
         return replace(plan, config=plan.config.model_copy(update={"kv_cache_memory_bytes": num_bytes}))
 
     per_block = plan.sizes.kv_bytes_per_block
     if plan.kv_cache_bytes > plan.free_bytes:
         most = plan.free_bytes // per_block * per_block
-        if most > 0 and wanted(with_bytes(most)):
-            yield Advice(
-                setting="kv_cache_memory_bytes",
-                value=most,
-                sentence=f"Lower kv_cache_memory_bytes to at most {most:,}.",
-            )
-        return
-    needed = blocks_for(plan.config, plan.max_model_len) if plan.fits else num_needed_blocks(plan.config)
-    least = needed * per_block
+        then = given(most)
+        if most <= 0 or not goal(then):
+            return None
+        return "kv_cache_memory_bytes", most, f"Lower kv_cache_memory_bytes to at most {most:,}.", then
     # On a GPU the rule's own share is the most: what it leaves free, activations need.
-    default = replace(plan, config=plan.config.model_copy(update={"kv_cache_memory_bytes": None})).kv_cache_budget
-    most = default if plan.device == "cuda" else plan.free_bytes
-    if least <= most and wanted(with_bytes(least)):
-        yield Advice(
-            setting="kv_cache_memory_bytes",
-            value=least,
-            sentence=f"Set kv_cache_memory_bytes to at least {least:,}.",
-        )
+    most = given(None).kv_cache_budget if plan.device == "cuda" else max(0, plan.free_bytes)
+    least = per_block * _first(1, most // per_block, lambda number: goal(given(number * per_block)))
+    if least > most:
+        return None
+    return "kv_cache_memory_bytes", least, f"Set kv_cache_memory_bytes to at least {least:,}.", given(least)
 
 
-def _fewer_adapters(plan: Plan, wanted: Callable[[Plan], bool]) -> Iterator[Advice]:
-    most = _first(0, plan.max_loras, lambda number: not wanted(replace(plan, max_loras=number))) - 1
-    if 0 <= most < plan.max_loras:
-        yield Advice(setting="max_loras", value=most, sentence=f"Lower max_loras to at most {most}.")
+def _narrower(plan: Plan, goal: Goal, in_bfloat16: Callable[[], Plan]) -> Found:
+    if plan.dtype != "float32" or not goal(then := in_bfloat16()):
+        return None
+    return "dtype", "bfloat16", "Set dtype to bfloat16, half the size of float32.", then
 
 
-def _larger_devices(plan: Plan, wanted: Callable[[Plan], bool]) -> Iterator[Advice]:
-    def does(num_bytes: int) -> bool:
-        return wanted(replace(plan, memory=DeviceMemory(free_bytes=num_bytes, total_bytes=num_bytes)))
+def _fewer_adapters(plan: Plan, goal: Goal) -> Found:
+    most = _first(0, plan.max_loras, lambda number: not goal(replace(plan, max_loras=number))) - 1
+    if not 0 <= most < plan.max_loras:
+        return None
+    return "max_loras", most, f"Lower max_loras to at most {most}.", replace(plan, max_loras=most)
 
-    needed = blocks_for(plan.config, plan.max_model_len) * plan.sizes.kv_bytes_per_block
-    enough = 2 * (plan.static_bytes + max(needed, plan.kv_cache_bytes)) + 1  # for the share of any rule
-    if does(enough):
-        least = _first(0, enough, does)
-        yield Advice(
-            setting="memory",
-            value=least,
-            sentence=f"Use {'a device' if plan.num_ranks == 1 else 'devices'} with at least {least:,} free bytes.",
-        )
+
+def _larger_devices(plan: Plan, goal: Goal) -> Found:
+    def with_memory(num_bytes: int) -> Plan:
+        return replace(plan, memory=DeviceMemory(free_bytes=num_bytes, total_bytes=num_bytes))
+
+    cache_bytes = max(blocks_for(plan.config, plan.max_model_len) * plan.sizes.kv_bytes_per_block, plan.kv_cache_bytes)
+    enough = 2 * (plan.static_bytes + cache_bytes) + 1  # for the share of any rule
+    least = _first(0, enough, lambda num_bytes: goal(with_memory(num_bytes)))
+    if least > enough:
+        return None
+    what = "a device" if plan.num_ranks == 1 else "devices"
+    return "memory", least, f"Use {what} with at least {least:,} free bytes.", with_memory(least)
 
 
 def _first(low: int, high: int, does: Callable[[int], bool]) -> int:
