@@ -61,7 +61,7 @@ def test_outcomes_are_data_with_the_first_line_of_the_reason() -> None:
     assert run_suite(Sample, OURS) == {
         "test_passes": "passed",
         "test_fails": "failed: AssertionError: the second is",
-        "test_skips": "skipped: Skipped: not here",
+        "test_skips": "skipped: not here",
         "test_cannot_begin": "failed: ValueError: no such thing",
         "test_takes[a]": "passed",
         "test_takes[b::c]": "passed",

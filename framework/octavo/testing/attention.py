@@ -116,7 +116,6 @@ class AttentionSuite(Suite):
         lengths: Sequence[tuple[int, int]],
         need: AttentionNeed | None = None,
         *,
-        seed: int = 0,
         amplify: float = 1.0,
     ) -> tuple[PagedScene, Batch]:
         """Requests of these (context, new) lengths, their contexts written, and the step that computes what is new.
@@ -129,7 +128,7 @@ class AttentionSuite(Suite):
         if not lengths:
             pytest.skip(f"{self.component} serves {' and '.join(sorted(need.features))} only")
         backend = self.make(need)
-        scene = PagedScene(backend, need, device=self.device, seed=seed)
+        scene = PagedScene(backend, need, device=self.device)
         requests = [scene.request(context + new + MORE_TOKENS, amplify=amplify) for context, new in lengths]
         pairs = list(zip(requests, lengths, strict=True))
         if contexts := [Row(request=one, start=0, end=context) for one, (context, _) in pairs if context]:
@@ -175,8 +174,8 @@ class AttentionSuite(Suite):
         base = self.need()
         strange = [
             replace(base, features=base.features | {"no_such_feature"}),
-            replace(base, device="no-such-device"),
-            replace(base, dtype="no_such_dtype"),
+            replace(base, device="xpu"),
+            replace(base, dtype="float64"),
             replace(base, head_dim=7, num_heads=5, num_kv_heads=5),
             replace(base, block_size=3),
         ]

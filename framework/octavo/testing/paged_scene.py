@@ -95,11 +95,11 @@ class PagedScene:
     filled up with it, both because that is where PAD_SLOT leads when it is taken for a slot.
     """
 
-    def __init__(self, backend: AttentionBackend, need: AttentionNeed, *, device: str = "cpu", seed: int = 0) -> None:
+    def __init__(self, backend: AttentionBackend, need: AttentionNeed, *, device: str = "cpu") -> None:
         self.need = need
         self.backend = backend
         self.device = device
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(0)
         self._states: dict[AttentionBackend, object] = {}
         num_blocks = -(-NUM_TOKENS // need.block_size) + NUM_REQUESTS
         self.cache = unwritten_cache(backend, num_blocks, device)

@@ -81,7 +81,7 @@ def run_suite(suite: type[Suite], select: str = "") -> dict[str, str]:
 def _reason(report: pytest.TestReport) -> str:
     """The first line of why a test failed or was skipped."""
     if isinstance(report.longrepr, tuple):  # (path, line, reason) of a skip
-        return report.longrepr[2]
+        return report.longrepr[2].removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
     return str(crash.message if crash else report.longreprtext).strip().partition("\n")[0]
 
