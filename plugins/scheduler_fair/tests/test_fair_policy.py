@@ -111,6 +111,14 @@ def test_computing_again_after_a_preemption_is_free() -> None:
     assert engine.scheduler.num_preemptions > 0
 
 
+def test_a_request_that_waits_again_after_a_preemption_stands_where_its_prompt_has_brought_its_tenant() -> None:
+    policy = FairPolicy(FairOptions())
+    preempted = request("r", num_prompt_tokens=6)
+    policy.key(preempted, 0.0)
+    policy.served(preempted, 6, 1)
+    assert policy.key(preempted, 0.0) == 6.0 + 2.0
+
+
 def test_a_request_that_is_aborted_while_it_waits_costs_nothing_and_moves_nobody_before_it() -> None:
     policy = FairPolicy(FairOptions())
     requests = [request(name) for name in "abcd"]
