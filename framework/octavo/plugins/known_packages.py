@@ -50,6 +50,18 @@ KNOWN_PACKAGES = (
         serves=frozenset({".gguf"}),
     ),
     KnownPackage(
+        distribution="octavo-model-gemma",
+        kind="model",
+        names=frozenset({"gemma2", "gemma3"}),
+        serves=frozenset({"Gemma2ForCausalLM", "Gemma3ForCausalLM"}),
+    ),
+    KnownPackage(
+        distribution="octavo-model-phi",
+        kind="model",
+        names=frozenset({"phi3"}),
+        serves=frozenset({"Phi3ForCausalLM"}),
+    ),
+    KnownPackage(
         distribution="octavo-model-qwen",
         kind="model",
         names=frozenset({"qwen2", "qwen3"}),
