@@ -14,7 +14,7 @@ from tiny_model import MAX_POSITIONS, VOCAB_SIZE, write_tiny_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from octavo import LLM
+from octavo import LLM, SamplingParams
 from octavo.builtin.hf_checkpoint import HuggingFaceCheckpoint
 from octavo.builtin.llama import Llama
 from octavo.builtin.torch_attention import TorchAttention
@@ -23,7 +23,6 @@ from octavo.errors import CheckpointError
 from octavo.interfaces import BatchLimits, ForwardContext, NewRow, ScheduledRow, Step
 from octavo.model_config import ModelConfig
 from octavo.nn.factory import DeviceLayerFactory
-from octavo.nn.rotary import RotaryTable
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
 from octavo.runner.batch import PersistentBatch
@@ -74,9 +73,10 @@ def logits_of(folder: Path, token_ids: Sequence[int], chunks: Sequence[int]) -> 
         block_size=BLOCK_SIZE,
     )
     backend = TorchAttention(need)
-    model = Llama(config, DeviceLayerFactory(Unquantized({}, torch.float32, "cpu"), backend, loader))
+    factory = DeviceLayerFactory(Unquantized({}, torch.float32, "cpu"), backend, loader)
+    model = Llama(config, factory)
     loader.load(checkpoint.tensors(), model.ignored_names())
-    rotary = RotaryTable(config.rope, config.head_dim, MAX_POSITIONS, torch.float32, "cpu")
+    rotary = factory.rotary_tables(MAX_POSITIONS)
     blocks = list(range(-(-len(token_ids) // BLOCK_SIZE)))
     caches = [backend.kv_layout().allocate(len(blocks), "cpu") for _ in model.layers]
     limits = BatchLimits(
@@ -98,7 +98,7 @@ def logits_of(folder: Path, token_ids: Sequence[int], chunks: Sequence[int]) -> 
         backend.plan(inputs.layout, state)
         context = ForwardContext(
             positions=inputs.positions,
-            cos_sin=rotary(inputs.positions),
+            rotary=[table(inputs.positions) for table in rotary],
             kv_caches=caches,
             attention_state=state,
         )
@@ -116,13 +116,9 @@ def entry(token_ids: Sequence[int]) -> NewRow:
         request_id="a",
         token_ids=list(token_ids),
         num_prompt_tokens=len(token_ids),
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
+        params=SamplingParams(temperature=0.0),
         seed=0,
         sample_index=0,
-        min_tokens=0,
-        stop_token_ids=(),
     )
 
 

@@ -61,7 +61,8 @@ def test_what_a_config_says_is_read() -> None:
     ids=["rope_scaling", "rope_scaling with type", "rope_parameters"],
 )
 def test_all_spellings_of_rope_are_one(keys: dict[str, Any]) -> None:
-    assert read(**keys).rope == RopeConfig(theta=500000.0, rope_type="llama3", parameters=LLAMA3)
+    parameters = LLAMA3 | {"max_position_embeddings": 2048}
+    assert read(**keys).rope == RopeConfig(theta=500000.0, rope_type="llama3", parameters=parameters)
 
 
 def test_a_rope_theta_alone_is_a_default_rope() -> None:

@@ -23,7 +23,8 @@ from octavo.interfaces import LinearShape, ParameterSpec, QuantizationMethod
 from octavo.model_config import RopeConfig
 from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
 from octavo.nn.linear import Linear, LinearPart
-from octavo.nn.rotary import RotaryTable, frequencies, rotate
+from octavo.nn.rope_types import frequencies
+from octavo.nn.rotary import RotaryTable, rotate
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
 
@@ -297,22 +298,22 @@ def test_llama3_frequencies_equal_transformers(head_dim: int, factor: float) -> 
     parameters = {**LLAMA3, "factor": factor}
     config = llama_config(head_dim, {**parameters, "rope_theta": 500_000.0})
     wanted, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    found = frequencies(RopeConfig(theta=500_000.0, rope_type="llama3", parameters=parameters), head_dim)
+    found, _ = frequencies(RopeConfig(theta=500_000.0, rope_type="llama3", parameters=parameters), head_dim, 4096)
     assert attention_factor == 1.0
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 def test_given_factors_divide_the_plain_frequencies() -> None:
-    found = frequencies(RopeConfig(rope_type="factors", parameters={"factors": [1.0, 4.0]}), 4)
+    found, _ = frequencies(RopeConfig(rope_type="factors", parameters={"factors": [1.0, 4.0]}), 4, 4096)
     torch.testing.assert_close(found, torch.tensor([1.0, 0.01 / 4]))
 
 
 def test_an_unknown_rope_type_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=r"'spiral' is not supported; known: default, llama3, factors"):
-        frequencies(RopeConfig(rope_type="spiral"), 64)
+    with pytest.raises(CheckpointError, match=r"'spiral' is not supported; known: default, linear, dynamic, llama3"):
+        frequencies(RopeConfig(rope_type="spiral"), 64, 4096)
 
 
 def test_a_rope_type_without_its_numbers_is_refused_by_their_name() -> None:
     parameters = {name: value for name, value in LLAMA3.items() if name != "low_freq_factor"}
     with pytest.raises(CheckpointError, match=r"'llama3' lacks the parameter 'low_freq_factor'"):
-        frequencies(RopeConfig(rope_type="llama3", parameters=parameters), 64)
+        frequencies(RopeConfig(rope_type="llama3", parameters=parameters), 64, 4096)

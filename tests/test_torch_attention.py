@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.builtin.torch_attention import TorchAttention
-from octavo.interfaces import PAD_SLOT, BatchLayout, BatchLimits, KVCache
+from octavo.interfaces import PAD_SLOT, AttentionParameters, BatchLayout, BatchLimits, KVCache
 from octavo.plugins.specs import AttentionNeed
 
 SCALE = 0.17  # not head_dim ** -0.5, which would be right also where it is forgotten
@@ -45,7 +45,14 @@ class Scene:
     def run(self, state: object | None = None) -> Tensor:
         state = self.backend.make_state(limits(self.layout)) if state is None else state
         self.backend.plan(self.layout, state)
-        return self.backend.forward(self.query, self.key, self.value, self.cache, state, SCALE)
+        parameters = AttentionParameters(scale=SCALE)
+        return self.backend.forward(self.query, self.key, self.value, self.cache, state, parameters)
+
+    def padded(self, *tokens: int) -> Scene:
+        """The same step, these tokens being padding."""
+        slot_mapping = self.layout.slot_mapping.clone()
+        slot_mapping[list(tokens)] = PAD_SLOT
+        return replace(self, layout=replace(self.layout, slot_mapping=slot_mapping, has_padding=True))
 
 
 def limits(layout: BatchLayout) -> BatchLimits:
@@ -184,19 +191,16 @@ def test_equals_dense_attention_for_any_sizes(heads: tuple[int, int], head_dim: 
 def test_padding_tokens_are_not_written_and_disturb_nobody() -> None:
     lengths = [(3, 1), (20, 1), (0, 5)]
     step = scene(lengths)
-    padded = step.layout.slot_mapping
-    for token in (4, 6):  # of the prefill, which attends to this step's tensors
-        for buffer in step.wanted_cache:
-            buffer.flatten(0, 1)[padded[token]] = float("nan")
-        padded[token] = PAD_SLOT
-    check(step, step.run())
+    for buffer in step.wanted_cache:
+        buffer.flatten(0, 1)[step.layout.slot_mapping[[4, 6]]] = float("nan")
+    padded = step.padded(4, 6)  # of the prefill, which attends to this step's tensors
+    check(padded, padded.run())
 
 
 def test_a_state_carries_nothing_from_one_step_to_the_next() -> None:
     before, after = scene(LENGTHS["everything in one step"]), scene([(7, 1), (0, 4)])
-    before.layout.slot_mapping[-1] = PAD_SLOT
     state = before.backend.make_state(limits(before.layout))
-    before.run(state)
+    before.padded(-1).run(state)
     check(after, after.run(state))
 
 

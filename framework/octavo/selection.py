@@ -82,15 +82,16 @@ def select(config: EngineConfig, device: str | None = None) -> Selection:
     device = device or resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
     max_model_len = _max_model_len(config, model_config)
-    window = model_config.sliding_window
     need = AttentionNeed(
         device=device,
         dtype=dtype,
-        features=frozenset() if window is None or window >= max_model_len else frozenset({"sliding_window"}),
+        features=model_config.attention_features(max_model_len),
         num_heads=model_config.num_heads,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=config.block_size,
+        sliding_window=model_config.sliding_window,
+        logit_softcap=model_config.attn_logit_softcapping,
     )
     prefill, decode = choose_attention(registry, need, config.attention.wishes)
     needs: dict[str, tuple[Need, ComponentConfig]] = {

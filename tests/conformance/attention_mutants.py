@@ -7,7 +7,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from octavo.interfaces import PAD_SLOT, AttentionBackend, BatchLayout, BatchLimits, KVBuffer, KVCache, KVLayout
+from octavo.interfaces import (
+    PAD_SLOT,
+    AttentionBackend,
+    AttentionParameters,
+    BatchLayout,
+    BatchLimits,
+    KVBuffer,
+    KVCache,
+    KVLayout,
+)
 from octavo.plugins.specs import AttentionNeed
 
 
@@ -32,7 +41,13 @@ class PlainAttention(AttentionBackend):
         state["layout"] = layout
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
         assert isinstance(state, dict)
         layout: BatchLayout = state["layout"]
@@ -43,7 +58,7 @@ class PlainAttention(AttentionBackend):
             seq_len = self.seq_len(layout, index)
             slots = self.slots(layout.block_table[index].long(), seq_len)
             keys, values = (buffer.flatten(0, 1)[slots] for buffer in kv_cache)
-            scores = self.scores(query[tokens], keys, self.scale(scale))
+            scores = self.scores(query[tokens], keys, self.scale(parameters.scale))
             hidden = self.hidden(tokens.stop - tokens.start, seq_len)
             weights = self.softmax(scores.masked_fill(hidden, -torch.inf))
             outputs.append(torch.einsum("hqk,khd->qhd", weights, self.heads_of(values).float()))
@@ -90,11 +105,17 @@ class OneBufferAttention(PlainAttention):
         return KVLayout(name="one-buffer", buffers=(KVBuffer(name="kv", block_shape=shape, dtype=self.dtype),))
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
         (buffer,) = kv_cache
         both = tuple(buffer[:, index].transpose(1, 2).contiguous() for index in (0, 1))
-        output = super().forward(query, key, value, both, state, scale)
+        output = super().forward(query, key, value, both, state, parameters)
         for index, tensor in enumerate(both):
             buffer[:, index] = tensor.transpose(1, 2)
         return output
@@ -245,11 +266,17 @@ class BlocksKnowTheirNumber(PlainAttention):
     """Stores keys with a sign that depends on the block's id, so that a block cannot be copied."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
         keys = kv_cache[0]
         keys[::2] *= -1
-        output = super().forward(query, key, value, kv_cache, state, scale)
+        output = super().forward(query, key, value, kv_cache, state, parameters)
         keys[::2] *= -1
         return output
 
@@ -294,9 +321,15 @@ class SwapsKeysAndValues(PlainAttention):
     """Publishes a layout's name and fills its buffers the other way round."""
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
-        return super().forward(query, key, value, kv_cache[::-1], state, scale)
+        return super().forward(query, key, value, kv_cache[::-1], state, parameters)
 
 
 MUTANTS: dict[type[PlainAttention], str] = {

@@ -36,8 +36,8 @@ class SwapsGateAndUp(LlamaLayer):
 
 class IgnoresPositions(LlamaLayer):
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        cos, sin = context.cos_sin
-        return super().__call__(hidden, residual, replace(context, cos_sin=(torch.ones_like(cos), 0 * sin)))
+        ((cos, sin),) = context.rotary
+        return super().__call__(hidden, residual, replace(context, rotary=[(torch.ones_like(cos), 0 * sin)]))
 
 
 class ScalesScoresWrongly(LlamaLayer):
@@ -166,13 +166,13 @@ class Detour:
 
 
 class OneCacheForAllLayers(Detour):
-    def attention(self, layer_index: int, *sizes: Any) -> Any:
-        return self.factory.attention(0, *sizes)
+    def attention(self, layer_index: int, *sizes: Any, **parameters: Any) -> Any:
+        return self.factory.attention(0, *sizes, **parameters)
 
 
 class AttentionWithoutGroups(Detour):
-    def attention(self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float) -> Any:
-        return self.factory.attention(layer_index, num_heads, num_heads, head_dim, scale)
+    def attention(self, layer_index: int, num_heads: int, num_kv_heads: int, *sizes: Any, **parameters: Any) -> Any:
+        return self.factory.attention(layer_index, num_heads, num_heads, *sizes, **parameters)
 
 
 class GateAndUpApart(Detour):

@@ -24,7 +24,15 @@ class LlamaLayer:
         self.qkv = factory.qkv_linear(
             f"{prefix}.self_attn", hidden_size, config.num_heads, config.num_kv_heads, head_dim, bias=attention_bias
         )
-        self.attention = factory.attention(index, config.num_heads, config.num_kv_heads, head_dim, head_dim**-0.5)
+        self.attention = factory.attention(
+            index,
+            config.num_heads,
+            config.num_kv_heads,
+            head_dim,
+            head_dim**-0.5,
+            rope=config.rope,
+            sliding_window=config.sliding_window,
+        )
         self.output = factory.linear(
             f"{prefix}.self_attn.o_proj", config.num_heads * head_dim, hidden_size, bias=attention_bias
         )

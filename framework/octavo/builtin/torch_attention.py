@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from octavo.interfaces.attention import AttentionBackend, BatchLayout, BatchLimits, KVBuffer, KVCache, KVLayout
+from octavo.interfaces.attention import (
+    AttentionBackend,
+    AttentionParameters,
+    BatchLayout,
+    BatchLimits,
+    KVBuffer,
+    KVCache,
+    KVLayout,
+)
 from octavo.plugins.specs import AttentionNeed
 
 # Decode requests are gathered together while the shortest is at least this share of the longest: padding costs
@@ -88,7 +96,7 @@ class TorchAttention(AttentionBackend):
     def plan(self, layout: BatchLayout, state: object) -> None:
         assert isinstance(state, _State)
         state.write_slots, state.write_rows = layout.slot_mapping, None
-        if bool((layout.slot_mapping < 0).any()):
+        if layout.has_padding:
             state.write_rows = (layout.slot_mapping >= 0).nonzero().squeeze(1)
             state.write_slots = layout.slot_mapping[state.write_rows]
         state.decodes = [self._plan_decode(layout, group) for group in _decode_groups(layout)]
@@ -97,9 +105,16 @@ class TorchAttention(AttentionBackend):
         ]
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
         assert isinstance(state, _State)
+        scale = parameters.scale
         keys, values = (buffer.flatten(0, 1) for buffer in kv_cache)  # [slots, num_kv_heads, head_dim]
         _write(keys, key, state)
         _write(values, value, state)

@@ -12,6 +12,7 @@ from octavo._lazy import lazy_getattr
 if TYPE_CHECKING:
     from octavo.interfaces.attention import PAD_SLOT as PAD_SLOT
     from octavo.interfaces.attention import AttentionBackend as AttentionBackend
+    from octavo.interfaces.attention import AttentionParameters as AttentionParameters
     from octavo.interfaces.attention import BatchLayout as BatchLayout
     from octavo.interfaces.attention import BatchLimits as BatchLimits
     from octavo.interfaces.attention import KVBuffer as KVBuffer
@@ -36,7 +37,16 @@ if TYPE_CHECKING:
     from octavo.interfaces.scheduling import SchedulerPolicy as SchedulerPolicy
 
 _MODULES = {
-    "attention": ("PAD_SLOT", "AttentionBackend", "BatchLayout", "BatchLimits", "KVBuffer", "KVCache", "KVLayout"),
+    "attention": (
+        "PAD_SLOT",
+        "AttentionBackend",
+        "AttentionParameters",
+        "BatchLayout",
+        "BatchLimits",
+        "KVBuffer",
+        "KVCache",
+        "KVLayout",
+    ),
     "checkpoint": ("Checkpoint", "TokenizerData"),
     "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
     "manifest": ("ChosenComponent", "Manifest"),

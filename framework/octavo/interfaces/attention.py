@@ -91,6 +91,7 @@ class BatchLayout:
         host_query_start_loc: like query_start_loc, on the host, exact.
         host_seq_lens: like seq_lens, on the host; upper bounds.
         max_query_len, max_seq_len: host maxima, upper bounds.
+        has_padding: whether any slot may be PAD_SLOT; known on the host, so that nobody reads the device to find out.
     """
 
     num_requests: int
@@ -106,6 +107,7 @@ class BatchLayout:
     slot_mapping: Tensor
     host_query_start_loc: np.ndarray[Any, np.dtype[np.int32]]
     host_seq_lens: np.ndarray[Any, np.dtype[np.int32]]
+    has_padding: bool = False
 
     def decodes(self) -> BatchLayout:
         """The decode requests alone, their token indices unchanged."""
@@ -135,14 +137,33 @@ class BatchLayout:
             slot_mapping=self.slot_mapping[tokens],
             host_query_start_loc=host_query_start_loc,
             host_seq_lens=host_seq_lens,
+            has_padding=self.has_padding,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionParameters:
+    """What may differ from layer to layer of one model.
+
+    Attributes:
+        scale: factor of the scores, usually head_dim ** -0.5.
+        sliding_window: tokens a query sees, itself included; None: all before it.
+        logit_softcap: scaled scores become cap * tanh(scores / cap); None: they stay as they are.
+
+    Source: windows: Beltagy et al. 2020, arXiv:2004.05150; caps: Gemma 2, arXiv:2408.00118, section 2.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    logit_softcap: float | None = None
 
 
 class AttentionBackend(ABC):
     """Writes this step's keys and values into the paged cache and attends over them.
 
     Constructed once with the need it was chosen for: its features say whether it will be given decode requests,
-    prefills or both. One state object with maximal sizes is made at start.
+    prefills or both, and whether some layers have a window or a cap. One state object with maximal sizes is made at
+    start.
     """
 
     def __init__(self, need: AttentionNeed) -> None:
@@ -162,7 +183,13 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
         """Causal attention of this step's tokens over their requests' whole contexts.
 
@@ -171,7 +198,7 @@ class AttentionBackend(ABC):
             key, value: [num_tokens, num_kv_heads, head_dim], key rotated; written to the cache here.
             kv_cache: this layer's buffers.
             state: as prepared by `plan`.
-            scale: factor of the scores, usually head_dim ** -0.5.
+            parameters: this layer's; its window and its cap are those of the need, or None.
 
         Returns:
             [num_tokens, num_heads * head_dim], the query's dtype.

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from octavo.interfaces.attention import KVCache
-from octavo.model_config import ModelConfig
+from octavo.model_config import ModelConfig, RopeConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,13 +19,14 @@ class ForwardContext:
 
     Attributes:
         positions: [num_tokens] int64, each token's position in its request.
-        cos_sin: the rotary table rows of these positions, gathered once a step; (cos, sin), [num_tokens, 1, head_dim].
+        rotary: the rotary table rows of these positions, gathered once a step: one (cos, sin) for each distinct
+            RopeConfig that layers named, [num_tokens, 1, rotary_dim] each. Read by the layers that the factory makes.
         kv_caches: one KVCache a layer.
         attention_state: the attention backend's state, planned for this step.
     """
 
     positions: Tensor
-    cos_sin: tuple[Tensor, Tensor]
+    rotary: Sequence[tuple[Tensor, Tensor]]
     kv_caches: Sequence[KVCache]
     attention_state: object
 
@@ -66,11 +67,20 @@ class LayerFactory(ABC):
 
     @abstractmethod
     def stacked_linear(
-        self, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool = False
+        self,
+        prefix: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool = False,
+        stored_as: str | None = None,
     ) -> StackedLinear:
         """Projections that read one input (gate, up); `parts` maps the name after `prefix` to its out_features.
 
         Among several devices each output is parted.
+
+        Args:
+            stored_as: the checkpoint holds the parts as one linear of this name, in their order; None: one by one.
         """
 
     @abstractmethod
@@ -84,12 +94,21 @@ class LayerFactory(ABC):
         *,
         bias: bool = False,
         names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+        stored_as: str | None = None,
     ) -> StackedLinear:
-        """Query, key and value projections, parted among devices by whole heads; few KV heads are repeated."""
+        """Query, key and value projections, parted among devices by whole heads; few KV heads are repeated.
+
+        Args:
+            stored_as: as in `stacked_linear`.
+        """
 
     @abstractmethod
-    def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm:
-        """RMSNorm over the last axis, of `hidden_size`; [num_tokens, heads, head_dim] normalises each head."""
+    def norm(self, prefix: str, hidden_size: int, eps: float, *, weight_offset: float = 0.0) -> Norm:
+        """RMSNorm over the last axis, of `hidden_size`; [num_tokens, heads, head_dim] normalises each head.
+
+        Args:
+            weight_offset: added to the checkpoint's weight, the product then rounded once; Gemma stores weight - 1.
+        """
 
     @abstractmethod
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary: ...
@@ -100,9 +119,27 @@ class LayerFactory(ABC):
 
     @abstractmethod
     def attention(
-        self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+        self,
+        layer_index: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        *,
+        rope: RopeConfig | None,
+        sliding_window: int | None = None,
+        logit_softcap: float | None = None,
     ) -> AttentionLayer:
-        """Rotation, cache and attention of one layer."""
+        """Rotation, cache and attention of one layer.
+
+        Args:
+            rope: how query and key are rotated; None: not at all.
+            sliding_window: tokens a query sees, itself included: the ModelConfig's, or None for all.
+            logit_softcap: the ModelConfig's attn_logit_softcapping, or None.
+
+        Raises:
+            PluginError: a window or a cap that is not the ModelConfig's, for which no backend was asked.
+        """
 
 
 class ModelArchitecture(ABC):

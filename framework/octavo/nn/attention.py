@@ -4,28 +4,43 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from octavo.interfaces.attention import AttentionBackend
+from octavo.interfaces.attention import AttentionBackend, AttentionParameters
 from octavo.interfaces.model import ForwardContext
 from octavo.nn.rotary import rotate
 
 
 class Attention:
-    """query, key, value [num_tokens, heads * head_dim], unrotated -> [num_tokens, num_heads * head_dim]."""
+    """query, key, value [num_tokens, heads * head_dim], unrotated -> [num_tokens, num_heads * head_dim].
 
-    def __init__(self, backend: AttentionBackend, layer_index: int, head_dim: int, scale: float) -> None:
+    `rotary_index` is this layer's entry of `ForwardContext.rotary`; None leaves query and key as they are.
+    """
+
+    def __init__(
+        self,
+        backend: AttentionBackend,
+        layer_index: int,
+        head_dim: int,
+        parameters: AttentionParameters,
+        rotary_index: int | None,
+    ) -> None:
         self._backend = backend
         self._layer_index = layer_index
         self._head_dim = head_dim
-        self._scale = scale
+        self._parameters = parameters
+        self._rotary_index = rotary_index
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
+        query, key, value = self._heads(query), self._heads(key), self._heads(value)
+        if self._rotary_index is not None:
+            cos_sin = context.rotary[self._rotary_index]
+            query, key = rotate(query, cos_sin), rotate(key, cos_sin)
         return self._backend.forward(
-            rotate(self._heads(query), context.cos_sin),
-            rotate(self._heads(key), context.cos_sin),
-            self._heads(value),
+            query,
+            key,
+            value,
             context.kv_caches[self._layer_index],
             context.attention_state,
-            self._scale,
+            self._parameters,
         )
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from octavo.errors import ConfigError
-from octavo.interfaces.attention import AttentionBackend
+from octavo.errors import ConfigError, PluginError
+from octavo.interfaces.attention import AttentionBackend, AttentionParameters
 from octavo.interfaces.model import AttentionLayer, LayerFactory, Norm, Unary
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
 from octavo.interfaces.quantization import QuantizationMethod
+from octavo.model_config import RopeConfig
 from octavo.nn.attention import Attention
 from octavo.nn.embedding import Embedding
-from octavo.nn.linear import Linear, LinearPart, StackedLinear
+from octavo.nn.linear import Linear, LinearPart, Stack, StackedLinear
 from octavo.nn.norm import RMSNorm
+from octavo.nn.rotary import RotaryTable, rotary_bytes_per_position
 from octavo.nn.weights import WeightLoader
 
 
@@ -35,6 +37,7 @@ class DeviceLayerFactory(LayerFactory):
 
     Attributes:
         linears: every linear made so far but the head: what LoRA adapters may be trained for.
+        rotations: the distinct (rope, head_dim) that attention layers named, in the order of ForwardContext.rotary.
         num_weights: numbers in the whole layers made so far, before quantization; a tied head's are counted again.
     """
 
@@ -42,11 +45,22 @@ class DeviceLayerFactory(LayerFactory):
         self, method: QuantizationMethod, backend: AttentionBackend, loader: WeightLoader, num_ranks: int = 1
     ) -> None:
         self.linears: list[LinearPart] = []
+        self.rotations: list[tuple[RopeConfig, int]] = []
         self.num_weights = 0
         self._method = method
         self._backend = backend
         self._loader = loader
         self._num_ranks = num_ranks
+
+    def rotary_tables(self, max_model_len: int) -> list[RotaryTable]:
+        """What ForwardContext.rotary is gathered from."""
+        method = self._method
+        return [RotaryTable(*rotation, max_model_len, method.dtype, method.device) for rotation in self.rotations]
+
+    @property
+    def rotary_bytes_per_position(self) -> int:
+        """Of all these tables."""
+        return sum(rotary_bytes_per_position(*rotation, self._method.dtype) for rotation in self.rotations)
 
     def linear(self, prefix: str, in_features: int, out_features: int, *, bias: bool = False) -> Unary:
         part = LinearPart(
@@ -60,9 +74,15 @@ class DeviceLayerFactory(LayerFactory):
         return self._linear([part], bias)
 
     def stacked_linear(
-        self, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool = False
+        self,
+        prefix: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool = False,
+        stored_as: str | None = None,
     ) -> StackedLinearLayer:
-        return self._stacked(prefix, in_features, parts, [self._num_ranks] * len(parts), bias)
+        return self._stacked(prefix, in_features, parts, [self._num_ranks] * len(parts), bias, stored_as)
 
     def qkv_linear(
         self,
@@ -74,16 +94,19 @@ class DeviceLayerFactory(LayerFactory):
         *,
         bias: bool = False,
         names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+        stored_as: str | None = None,
     ) -> StackedLinearLayer:
         _, kv_heads_of_one = heads_of_one_rank(num_heads, num_kv_heads, self._num_ranks)
         num_kv_shards = num_kv_heads // kv_heads_of_one
         sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         parts = dict(zip(names, sizes, strict=True))
-        return self._stacked(prefix, in_features, parts, [self._num_ranks, num_kv_shards, num_kv_shards], bias)
+        num_shards = [self._num_ranks, num_kv_shards, num_kv_shards]
+        return self._stacked(prefix, in_features, parts, num_shards, bias, stored_as)
 
-    def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm:
+    def norm(self, prefix: str, hidden_size: int, eps: float, *, weight_offset: float = 0.0) -> Norm:
         self.num_weights += hidden_size
-        return RMSNorm(self._loader, prefix, hidden_size, eps, self._method.dtype, self._method.device)
+        method = self._method
+        return RMSNorm(self._loader, prefix, hidden_size, eps, method.dtype, method.device, weight_offset)
 
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary:
         self.num_weights += vocab_size * hidden_size
@@ -101,20 +124,64 @@ class DeviceLayerFactory(LayerFactory):
         return self._linear([part], bias=False)
 
     def attention(
-        self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+        self,
+        layer_index: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        *,
+        rope: RopeConfig | None,
+        sliding_window: int | None = None,
+        logit_softcap: float | None = None,
     ) -> AttentionLayer:
-        return Attention(self._backend, layer_index, head_dim, scale)
+        need = self._backend.need
+        for name, asked in (("sliding_window", sliding_window), ("logit_softcap", logit_softcap)):
+            if asked not in (None, wanted := getattr(need, name)):
+                raise PluginError(
+                    f"Layer {layer_index} of the model asks for {name}={asked}, but the attention backend was chosen "
+                    f"for {wanted}: a layer has what the ModelConfig says, or None."
+                )
+        parameters = AttentionParameters(
+            scale=scale,
+            # A window that no context outgrows hides nothing, and the backend was not asked whether it has windows.
+            sliding_window=sliding_window if "sliding_window" in need.features else None,
+            logit_softcap=logit_softcap,
+        )
+        return Attention(self._backend, layer_index, head_dim, parameters, self._rotary_index(rope, head_dim))
+
+    def _rotary_index(self, rope: RopeConfig | None, head_dim: int) -> int | None:
+        if rope is None:
+            return None
+        if (rope, head_dim) not in self.rotations:
+            self.rotations.append((rope, head_dim))
+        return self.rotations.index((rope, head_dim))
 
     def _stacked(
-        self, prefix: str, in_features: int, parts: Mapping[str, int], num_shards: Sequence[int], bias: bool
+        self,
+        prefix: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        num_shards: Sequence[int],
+        bias: bool,
+        stored_as: str | None,
     ) -> StackedLinear:
+        sizes = list(parts.values())
         linears = [
-            LinearPart(prefix=f"{prefix}.{name}", in_features=in_features, out_features=size, num_shards=shards)
-            for (name, size), shards in zip(parts.items(), num_shards, strict=True)
+            LinearPart(
+                prefix=f"{prefix}.{name}",
+                in_features=in_features,
+                out_features=size,
+                num_shards=shards,
+                stack=None
+                if stored_as is None
+                else Stack(prefix=f"{prefix}.{stored_as}", offset=sum(sizes[:index]), out_features=sum(sizes)),
+            )
+            for index, ((name, size), shards) in enumerate(zip(parts.items(), num_shards, strict=True))
         ]
         self.linears += linears
         groups = [linears] if self._method.can_stack else [[part] for part in linears]
-        return StackedLinear([self._linear(group, bias) for group in groups], list(parts.values()))
+        return StackedLinear([self._linear(group, bias) for group in groups], sizes)
 
     def _linear(self, parts: Sequence[LinearPart], bias: bool) -> Linear:
         self.num_weights += sum(part.out_features * (part.in_features + bias) for part in parts)

@@ -11,9 +11,24 @@ from torch import Tensor
 
 from octavo.errors import ConfigError
 from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod
-from octavo.nn.weights import Shard, WeightLoader
+from octavo.nn.weights import Part, Receiver, Shard, WeightLoader
 
 _BIAS = "bias"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stack:
+    """Where a linear lies when the checkpoint holds several of one input as one, their outputs behind each other.
+
+    Attributes:
+        prefix: the whole's checkpoint name without the parameter's suffix.
+        offset: outputs of the whole before this linear's own.
+        out_features: of the whole.
+    """
+
+    prefix: str
+    offset: int
+    out_features: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +41,7 @@ class LinearPart:
         parallel: "column": each device has some of the outputs; "row": some of the inputs, and the products are summed.
         num_shards: into how many it is cut; fewer than there are devices when several hold the same.
         padded: whether the last shard may be padded; else the features must divide.
+        stack: the larger linear of the checkpoint that it is a part of; None: it is one of its own.
 
     Source: Shoeybi et al. 2019, Megatron-LM, arXiv:1909.08053, section 3.
     """
@@ -36,6 +52,7 @@ class LinearPart:
     parallel: Literal["column", "row"] = "column"
     num_shards: int = 1
     padded: bool = False
+    stack: Stack | None = None
 
     @property
     def shape(self) -> LinearShape:
@@ -50,6 +67,23 @@ class LinearPart:
         else:
             in_features = -(-in_features // self.num_shards)
         return LinearShape(in_features=in_features, out_features=out_features)
+
+    def expect(self, loader: WeightLoader, spec: ParameterSpec, dtype: torch.dtype, receive: Receiver) -> None:
+        """Ask `loader` for one of its tensors.
+
+        Raises:
+            ConfigError: as `shard`.
+        """
+        shard = self.shard(spec)
+        if self.stack is None:
+            loader.expect(f"{self.prefix}.{spec.name}", spec.shape, dtype, receive, shard)
+            return
+        whole, part = list(spec.shape), None
+        if (axis := spec.output_axis) is not None:
+            size = whole[axis]  # elements of the tensor: several outputs are packed in each, or one is
+            whole[axis] = size * self.stack.out_features // self.out_features
+            part = Part(axis=axis, start=size * self.stack.offset // self.out_features, size=size)
+        loader.expect(f"{self.stack.prefix}.{spec.name}", tuple(whole), dtype, receive, shard, part)
 
     def shard(self, spec: ParameterSpec) -> Shard | None:
         """How devices share one of its tensors; None: each holds the whole.
@@ -101,14 +135,12 @@ class Linear:
                 specs = (*specs, ParameterSpec(name=_BIAS, shape=(part.out_features,), output_axis=0))
             for spec in specs:
                 self._num_awaited += 1
-                receive = self._receiver(tensors, spec.name)
-                name, dtype = f"{part.prefix}.{spec.name}", spec.dtype or method.dtype
-                loader.expect(name, spec.shape, dtype, receive, part.shard(spec))
+                part.expect(loader, spec, spec.dtype or method.dtype, self._receiver(tensors, spec.name))
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._method.apply(self._prepared, x, self._bias)
 
-    def _receiver(self, tensors: dict[str, Tensor], name: str) -> WeightLoader.Receiver:
+    def _receiver(self, tensors: dict[str, Tensor], name: str) -> Receiver:
         def receive(tensor: Tensor) -> None:
             tensors[name] = tensor
             self._num_awaited -= 1

@@ -10,22 +10,36 @@ from octavo.nn.weights import WeightLoader
 
 
 class RMSNorm:
-    """y = s / sqrt(mean(s^2) + eps) * weight, where s = hidden + residual.
+    """y = s / sqrt(mean(s^2) + eps) * (weight + weight_offset), where s = hidden + residual.
+
+    With an offset the weight is kept in float32 and the product rounded once: weight + 1 in bfloat16 would lose most
+    of what the weight says.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
 
     def __init__(
-        self, loader: WeightLoader, prefix: str, hidden_size: int, eps: float, dtype: torch.dtype, device: str
+        self,
+        loader: WeightLoader,
+        prefix: str,
+        hidden_size: int,
+        eps: float,
+        dtype: torch.dtype,
+        device: str,
+        weight_offset: float = 0.0,
     ) -> None:
         self._eps = eps
         self._device = device
+        self._weight_offset = weight_offset
         self._weight: Tensor
-        loader.expect(f"{prefix}.weight", (hidden_size,), dtype, self._receive)
+        loader.expect(f"{prefix}.weight", (hidden_size,), torch.float32 if weight_offset else dtype, self._receive)
 
     def _receive(self, weight: Tensor) -> None:
-        self._weight = weight.to(self._device)
+        self._weight = (weight + self._weight_offset if self._weight_offset else weight).to(self._device)
 
     def __call__(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         total = hidden if residual is None else hidden + residual
-        return functional.rms_norm(total, self._weight.shape, self._weight, self._eps), total
+        if total.dtype == self._weight.dtype:
+            return functional.rms_norm(total, self._weight.shape, self._weight, self._eps), total
+        normed = functional.rms_norm(total.float(), self._weight.shape, self._weight, self._eps)
+        return normed.to(total.dtype), total

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from octavo.errors import PluginError
-from octavo.interfaces.attention import AttentionBackend, BatchLayout, BatchLimits, KVCache, KVLayout
+from octavo.interfaces.attention import (
+    AttentionBackend,
+    AttentionParameters,
+    BatchLayout,
+    BatchLimits,
+    KVCache,
+    KVLayout,
+)
 from octavo.interfaces.manifest import ChosenComponent
 from octavo.plugins.specs import AttentionNeed
 
@@ -69,16 +76,20 @@ class SplitAttention(AttentionBackend):
             self._prefill.plan(layout.prefills(), state.prefill)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
         assert isinstance(state, _State)
         border, outputs = state.num_decode_tokens, []
         if border:
-            outputs.append(
-                self._decode.forward(query[:border], key[:border], value[:border], kv_cache, state.decode, scale)
-            )
+            inputs = query[:border], key[:border], value[:border]
+            outputs.append(self._decode.forward(*inputs, kv_cache, state.decode, parameters))
         if state.num_prefill_tokens:
-            outputs.append(
-                self._prefill.forward(query[border:], key[border:], value[border:], kv_cache, state.prefill, scale)
-            )
+            inputs = query[border:], key[border:], value[border:]
+            outputs.append(self._prefill.forward(*inputs, kv_cache, state.prefill, parameters))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError, ConfigError
 
+Receiver = Callable[[Tensor], None]
+
 _MOST_NAMED = 8
 
 
@@ -31,28 +33,52 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Some of a checkpoint's tensor: `size` elements from `start`, along `axis`."""
+
+    axis: int
+    start: int
+    size: int
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the part."""
+        return (*whole[: self.axis], self.size, *whole[self.axis + 1 :])
+
+    def of(self, whole: Tensor) -> Tensor:
+        """A view."""
+        return whole.narrow(self.axis, self.start, self.size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedTensor:
     """A tensor that one layer asked for.
 
     Attributes:
         shape: the whole tensor's, as in the checkpoint.
         dtype: it is kept in.
-        shard: how devices share it; None: each holds the whole.
+        shard: how devices share what was asked for; None: each holds all of it.
+        part: what of it was asked for; None: the whole.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     shard: Shard | None
+    part: Part | None
+
+    @property
+    def shape_asked(self) -> tuple[int, ...]:
+        """Of what was asked for."""
+        return self.part.shape(self.shape) if self.part else self.shape
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole tensor, as it is kept."""
-        return prod(self.shape) * self.dtype.itemsize
+        """Of what was asked for, as it is kept."""
+        return prod(self.shape_asked) * self.dtype.itemsize
 
     @property
     def num_bytes_on_device(self) -> int:
         """Of what one device holds of it."""
-        return prod(self.shard.shape(self.shape) if self.shard else self.shape) * self.dtype.itemsize
+        return prod(self.shard.shape(self.shape_asked) if self.shard else self.shape_asked) * self.dtype.itemsize
 
 
 class WeightLoader:
@@ -60,22 +86,29 @@ class WeightLoader:
 
     Attributes:
         expected: by checkpoint name, one entry for each layer that asked: a tied head and the embedding both do, and
-            each keeps a tensor of its own.
+            each keeps a tensor of its own; linears that are stored stacked ask for a part of one each.
         num_bytes: of the tensors taken so far, in the dtype they are kept in.
     """
-
-    Receiver = Callable[[Tensor], None]
 
     def __init__(self) -> None:
         self.expected: dict[str, list[ExpectedTensor]] = {}
         self.num_bytes = 0
-        self._receivers: dict[str, list[tuple[ExpectedTensor, WeightLoader.Receiver]]] = {}
+        self._receivers: dict[str, list[tuple[ExpectedTensor, Receiver]]] = {}
 
     def expect(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, receive: Receiver, shard: Shard | None = None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        receive: Receiver,
+        shard: Shard | None = None,
+        part: Part | None = None,
     ) -> None:
-        """Ask for the tensor `name`; `receive` is called once with it, cast to `dtype`. Several may ask for one."""
-        expected = ExpectedTensor(shape=shape, dtype=dtype, shard=shard)
+        """Ask for the tensor `name` of `shape`, or a part of it; `receive` is called once with it, cast to `dtype`.
+
+        Several may ask for one.
+        """
+        expected = ExpectedTensor(shape=shape, dtype=dtype, shard=shard, part=part)
         self.expected.setdefault(name, []).append(expected)
         self._receivers.setdefault(name, []).append((expected, receive))
 
@@ -95,10 +128,10 @@ class WeightLoader:
         """
         unexpected = [name for name in shapes if name not in self.expected and not _matches(name, ignored)]
         misshapen = [
-            f"{name} is {list(shapes[name])}, the configuration makes it {list(one.shape)}"
+            f"{name} is {list(shapes[name])}, the configuration makes it {list(wanted)}"
             for name, several in self.expected.items()
-            for one in several
-            if name in shapes and shapes[name] != one.shape
+            for wanted in dict.fromkeys(one.shape for one in several)
+            if name in shapes and shapes[name] != wanted
         ]
         faults = [
             f"{len(names)} {what}: {', '.join(names[:_MOST_NAMED])}{' ...' if len(names) > _MOST_NAMED else ''}"
@@ -129,7 +162,7 @@ class WeightLoader:
             shapes[name] = tuple(tensor.shape)
             for expected, receive in self._receivers.pop(name, ()):
                 if shapes[name] == expected.shape:
-                    kept = tensor.to(expected.dtype)
+                    kept = (expected.part.of(tensor) if expected.part else tensor).to(expected.dtype)
                     self.num_bytes += kept.nbytes
                     receive(kept)
         self.check(shapes, ignored)

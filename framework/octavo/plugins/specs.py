@@ -39,6 +39,8 @@ class AttentionNeed(Need):
     num_kv_heads: int
     head_dim: int
     block_size: int
+    sliding_window: int | None = None  # tokens a query sees in some layers, itself included
+    logit_softcap: float | None = None  # of the scores in some layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,7 +190,7 @@ class AttentionSpec(Spec):
 
     kind: ClassVar[str] = "attention"
     noun: ClassVar[str] = "attention backend"
-    known_features: ClassVar[tuple[str, ...]] = ("prefill", "decode", "sliding_window")
+    known_features: ClassVar[tuple[str, ...]] = ("prefill", "decode", "sliding_window", "logit_softcap")
 
     head_sizes: tuple[int, ...] = ()  # empty: any
     block_sizes: tuple[int, ...] = ()  # empty: any

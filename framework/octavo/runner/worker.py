@@ -16,7 +16,6 @@ from octavo.interfaces.model import ModelArchitecture
 from octavo.interfaces.quantization import QuantizationMethod
 from octavo.model_config import ModelConfig
 from octavo.nn.factory import DeviceLayerFactory
-from octavo.nn.rotary import RotaryTable
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
 from octavo.runner.kv_cache import check_num_kv_blocks, device_memory, kv_cache_budget, num_kv_blocks
@@ -39,7 +38,7 @@ class Worker:
             method: QuantizationMethod = chosen["quantization"].build(config.quantization, dtype, manifest.device)
             factory = DeviceLayerFactory(method, attention, loader)
             model: ModelArchitecture = chosen["model"].build(config, factory)
-            rotary = RotaryTable(config.rope, config.head_dim, manifest.max_model_len, dtype, manifest.device)
+            rotary = factory.rotary_tables(manifest.max_model_len)
         with self._phase("load weights"):
             loader.load(checkpoint.tensors(), model.ignored_names())
         with self._phase("allocate KV cache"):

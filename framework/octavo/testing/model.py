@@ -217,12 +217,12 @@ class ModelSuite(Suite):
         """The first of two tensor-parallel ranks, while the second, all its products zero, adds nothing."""
         token_ids, whole = self._token_ids(_WHOLE), self._tensors()
         share = dict(whole)
-        for name, axis in ModelUnderTest(self.make, self.config).asked.parted.items():
+        for name, (axis, sizes) in ModelUnderTest(self.make, self.config).asked.parted.items():
             if name in whole:
-                first, second = whole[name].tensor_split(2, axis)
-                share[name] = first
+                halves = [part.tensor_split(2, axis) for part in whole[name].split(sizes, axis)]
+                share[name] = torch.cat([first for first, _ in halves], axis)
                 if axis == 1:  # each rank has some of the inputs, and the products are summed
-                    whole[name] = torch.cat((first, torch.zeros_like(second)), axis)
+                    whole[name] = torch.cat([share[name], *(torch.zeros_like(second) for _, second in halves)], axis)
         (wanted,) = self._model(whole).logits([token_ids])
         (found,) = ModelUnderTest(self.make, self.config, share, num_ranks=2).logits([token_ids])
         _assert_close(found, wanted, "one rank's share by itself and in the whole model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from octavo.interfaces.executor import NewRow, ScheduledRow, Step
 from octavo.interfaces.manifest import ChosenComponent
 from octavo.interfaces.model import AttentionLayer, ForwardContext, LayerFactory, ModelArchitecture, Norm, Unary
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
-from octavo.model_config import ModelConfig
+from octavo.model_config import ModelConfig, RopeConfig
 from octavo.nn.factory import DeviceLayerFactory
-from octavo.nn.rotary import RotaryTable
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
 from octavo.runner.batch import PersistentBatch, StepInputs
+from octavo.sampling_params import SamplingParams
 from octavo.testing.suite import installed_components
 
 MakeModel = Callable[[ModelConfig, LayerFactory], ModelArchitecture]
@@ -56,9 +56,10 @@ class ModelUnderTest:
         self._attention = build_attention(attention, attention, _attention_need(self.config, dtype, num_ranks))
         loader = WeightLoader()
         method = _builtin("quantization", "unquantized").build({}, dtype, "cpu")
-        self.asked = RecordingFactory(DeviceLayerFactory(method, self._attention, loader), loader, num_ranks)
+        factory = DeviceLayerFactory(method, self._attention, loader)
+        self.asked = RecordingFactory(factory, loader, num_ranks)
         self.model = make(self.config, self.asked)
-        self._rotary = RotaryTable(self.config.rope, self.config.head_dim, _MAX_MODEL_LEN, dtype, "cpu")
+        self._rotary = factory.rotary_tables(_MAX_MODEL_LEN)
         if tensors is not None:
             loader.load(tensors.items())
 
@@ -81,7 +82,8 @@ class ModelUnderTest:
             hidden, residual = self._through(self.model.embed(inputs.token_ids), None, context)
             logits = self.model.head(hidden, residual)
             ends = inputs.layout.query_start_loc[1:-1].tolist()
-            for request_id, rows in zip(inputs.sample_request_ids, logits.tensor_split(ends), strict=True):
+            assert inputs.samples is not None
+            for request_id, rows in zip(inputs.samples.request_ids, logits.tensor_split(ends), strict=True):
                 parts[int(request_id)].append(rows)
         return [torch.cat(part) for part in parts]
 
@@ -136,7 +138,7 @@ class ModelUnderTest:
                 inputs,
                 ForwardContext(
                     positions=positions,
-                    cos_sin=self._rotary(positions),
+                    rotary=[table(positions) for table in self._rotary],
                     kv_caches=kv_caches,
                     attention_state=state,
                 ),
@@ -147,7 +149,7 @@ class RecordingFactory(LayerFactory):
     """Hands on to the engine's factory, of a projection the first of `num_ranks` parts, and records what it was asked.
 
     Attributes:
-        parted: by tensor name, the axis along which ranks part it.
+        parted: by tensor name, the axis along which ranks part it, and the sizes of the linears stacked there.
         attentions: (layer_index, num_heads, num_kv_heads, head_dim) of each attention.
         qkv_heads: (num_heads, num_kv_heads, head_dim) of each qkv_linear.
         inputs: of the last pass, (prefix, input) of each projection in the order of their calls.
@@ -157,12 +159,12 @@ class RecordingFactory(LayerFactory):
         self._factory = factory
         self._loader = loader
         self._num_ranks = num_ranks
-        self.parted: dict[str, int] = {}
+        self.parted: dict[str, tuple[int, list[int]]] = {}
         self.attentions: list[tuple[int, int, int, int]] = []
         self.qkv_heads: list[tuple[int, int, int]] = []
         self.inputs: list[tuple[str, Tensor]] = []
         self._plain_linears: set[str] = set()
-        self._norms: set[str] = set()
+        self._norms: dict[str, float] = {}  # what their weights lie around
         self._embeddings: set[str] = set()
 
     @property
@@ -172,7 +174,7 @@ class RecordingFactory(LayerFactory):
 
     def linear(self, prefix: str, in_features: int, out_features: int, *, bias: bool = False) -> Unary:
         self._plain_linears.add(prefix)
-        self.parted[f"{prefix}.weight"] = 1
+        self.parted[f"{prefix}.weight"] = 1, [in_features]
         linear = self._factory.linear(prefix, in_features // self._num_ranks, out_features, bias=bias)
 
         def call(x: Tensor) -> Tensor:
@@ -182,10 +184,17 @@ class RecordingFactory(LayerFactory):
         return call
 
     def stacked_linear(
-        self, prefix: str, in_features: int, parts: Mapping[str, int], *, bias: bool = False
+        self,
+        prefix: str,
+        in_features: int,
+        parts: Mapping[str, int],
+        *,
+        bias: bool = False,
+        stored_as: str | None = None,
     ) -> StackedLinearLayer:
         sizes = {name: size // self._num_ranks for name, size in parts.items()}
-        return self._recorded(prefix, parts, self._factory.stacked_linear(prefix, in_features, sizes, bias=bias))
+        linear = self._factory.stacked_linear(prefix, in_features, sizes, bias=bias, stored_as=stored_as)
+        return self._recorded(prefix, parts, stored_as, linear)
 
     def qkv_linear(
         self,
@@ -197,6 +206,7 @@ class RecordingFactory(LayerFactory):
         *,
         bias: bool = False,
         names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+        stored_as: str | None = None,
     ) -> StackedLinearLayer:
         self.qkv_heads.append((num_heads, num_kv_heads, head_dim))
         linear = self._factory.qkv_linear(
@@ -207,12 +217,14 @@ class RecordingFactory(LayerFactory):
             head_dim,
             bias=bias,
             names=names,
+            stored_as=stored_as,
         )
-        return self._recorded(prefix, names, linear)
+        sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        return self._recorded(prefix, dict(zip(names, sizes, strict=True)), stored_as, linear)
 
-    def norm(self, prefix: str, hidden_size: int, eps: float) -> Norm:
-        self._norms.add(f"{prefix}.weight")
-        return self._factory.norm(prefix, hidden_size, eps)
+    def norm(self, prefix: str, hidden_size: int, eps: float, *, weight_offset: float = 0.0) -> Norm:
+        self._norms[f"{prefix}.weight"] = 1.0 - weight_offset
+        return self._factory.norm(prefix, hidden_size, eps, weight_offset=weight_offset)
 
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary:
         self._embeddings.add(f"{prefix}.weight")
@@ -222,11 +234,28 @@ class RecordingFactory(LayerFactory):
         return self._factory.head(prefix, vocab_size, hidden_size, tied_to=tied_to)
 
     def attention(
-        self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float
+        self,
+        layer_index: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        *,
+        rope: RopeConfig | None,
+        sliding_window: int | None = None,
+        logit_softcap: float | None = None,
     ) -> AttentionLayer:
         self.attentions.append((layer_index, num_heads, num_kv_heads, head_dim))
-        heads = (num_heads // self._num_ranks, num_kv_heads // self._num_ranks)
-        return self._factory.attention(layer_index, *heads, head_dim, scale)
+        return self._factory.attention(
+            layer_index,
+            num_heads // self._num_ranks,
+            num_kv_heads // self._num_ranks,
+            head_dim,
+            scale,
+            rope=rope,
+            sliding_window=sliding_window,
+            logit_softcap=logit_softcap,
+        )
 
     def linears_that_share_their_input(self) -> list[str]:
         """The plain linears of the last pass whose input another projection read too."""
@@ -242,13 +271,17 @@ class RecordingFactory(LayerFactory):
         for name, (shape, *_) in self.shapes.items():
             noise = torch.randn(shape, generator=generator)
             if noise.ndim == 1:  # a norm's weights are around one, biases around zero
-                tensors[name] = 0.2 * noise + (name in self._norms)
+                tensors[name] = 0.2 * noise + self._norms.get(name, 0.0)
             else:
                 tensors[name] = noise if name in self._embeddings else noise / noise.shape[1] ** 0.5
         return tensors
 
-    def _recorded(self, prefix: str, names: Iterable[str], linear: StackedLinearLayer) -> StackedLinearLayer:
-        self.parted |= {f"{prefix}.{name}.{parameter}": 0 for name in names for parameter in ("weight", "bias")}
+    def _recorded(
+        self, prefix: str, parts: Mapping[str, int], stored_as: str | None, linear: StackedLinearLayer
+    ) -> StackedLinearLayer:
+        stored = {name: [size] for name, size in parts.items()} if stored_as is None else {stored_as: [*parts.values()]}
+        for name, sizes in stored.items():
+            self.parted |= {f"{prefix}.{name}.{parameter}": (0, sizes) for parameter in ("weight", "bias")}
 
         def call(x: Tensor) -> tuple[Tensor, ...]:
             self.inputs.append((prefix, x))
@@ -270,6 +303,9 @@ def _attention_need(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> 
         num_kv_heads=config.num_kv_heads // num_ranks,
         head_dim=config.head_dim,
         block_size=_BLOCK_SIZE,
+        features=config.attention_features(_MAX_MODEL_LEN),
+        sliding_window=config.sliding_window,
+        logit_softcap=config.attn_logit_softcapping,
     )
 
 
@@ -299,11 +335,7 @@ def _new_row(request_id: str, token_ids: Sequence[int]) -> NewRow:
         request_id=request_id,
         token_ids=list(token_ids),
         num_prompt_tokens=len(token_ids),
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
+        params=SamplingParams(temperature=0.0),
         seed=0,
         sample_index=0,
-        min_tokens=0,
-        stop_token_ids=(),
     )

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.interfaces.attention import PAD_SLOT, AttentionBackend, BatchLayout, BatchLimits, KVCache
+from octavo.interfaces.attention import (
+    PAD_SLOT,
+    AttentionBackend,
+    AttentionParameters,
+    BatchLayout,
+    BatchLimits,
+    KVCache,
+)
 from octavo.plugins.specs import AttentionNeed
 
 NUM_TOKENS, NUM_REQUESTS = 2048, 40  # that a scene's cache has room for
@@ -85,7 +92,7 @@ class Batch:
         slot_mapping = self.layout.slot_mapping.clone()
         for row in padded:
             slot_mapping[self.tokens_of(row)] = PAD_SLOT
-        return replace(self, layout=replace(self.layout, slot_mapping=slot_mapping))
+        return replace(self, layout=replace(self.layout, slot_mapping=slot_mapping, has_padding=True))
 
 
 class PagedScene:
@@ -184,7 +191,8 @@ class PagedScene:
         backend = backend or self.backend
         cache = self.cache if cache is None else cache
         scale = self.need.head_dim**-0.5 if scale is None else scale
-        return backend.forward(batch.query, batch.key, batch.value, cache, self._state(backend), scale)
+        parameters = AttentionParameters(scale=scale)
+        return backend.forward(batch.query, batch.key, batch.value, cache, self._state(backend), parameters)
 
     def step(self, batch: Batch, backend: AttentionBackend | None = None, *, scale: float | None = None) -> Tensor:
         """Plan and forward."""

@@ -22,7 +22,15 @@ class Qwen2Attention:
         self.qkv = factory.qkv_linear(
             prefix, config.hidden_size, config.num_heads, config.num_kv_heads, head_dim, bias=True
         )
-        self.attention = factory.attention(index, config.num_heads, config.num_kv_heads, head_dim, head_dim**-0.5)
+        self.attention = factory.attention(
+            index,
+            config.num_heads,
+            config.num_kv_heads,
+            head_dim,
+            head_dim**-0.5,
+            rope=config.rope,
+            sliding_window=_window(config, index),
+        )
         self.output = factory.linear(f"{prefix}.o_proj", config.num_heads * head_dim, config.hidden_size)
 
     def __call__(self, hidden: Tensor, context: ForwardContext) -> Tensor:
@@ -42,7 +50,15 @@ class Qwen3Attention:
         )
         self.query_norm = factory.norm(f"{prefix}.q_norm", head_dim, config.rms_norm_eps)
         self.key_norm = factory.norm(f"{prefix}.k_norm", head_dim, config.rms_norm_eps)
-        self.attention = factory.attention(index, config.num_heads, config.num_kv_heads, head_dim, head_dim**-0.5)
+        self.attention = factory.attention(
+            index,
+            config.num_heads,
+            config.num_kv_heads,
+            head_dim,
+            head_dim**-0.5,
+            rope=config.rope,
+            sliding_window=_window(config, index),
+        )
         self.output = factory.linear(f"{prefix}.o_proj", config.num_heads * head_dim, config.hidden_size, bias=bias)
 
     def __call__(self, hidden: Tensor, context: ForwardContext) -> Tensor:
@@ -60,6 +76,14 @@ _ATTENTION: dict[str, type[Qwen2Attention] | type[Qwen3Attention]] = {
     "Qwen2ForCausalLM": Qwen2Attention,
     "Qwen3ForCausalLM": Qwen3Attention,
 }
+
+
+def _window(config: ModelConfig, index: int) -> int | None:
+    """Of one layer: config.json names each layer's type, or how many of the first layers see everything."""
+    layer_types = config.raw.get("layer_types")
+    if layer_types:
+        return config.sliding_window if layer_types[index] == "sliding_attention" else None
+    return config.sliding_window if index >= config.raw.get("max_window_layers", 0) else None
 
 
 class QwenLayer:

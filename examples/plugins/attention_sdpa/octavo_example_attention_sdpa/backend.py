@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from octavo.interfaces import AttentionBackend, BatchLayout, BatchLimits, KVBuffer, KVCache, KVLayout
+from octavo.interfaces import (
+    AttentionBackend,
+    AttentionParameters,
+    BatchLayout,
+    BatchLimits,
+    KVBuffer,
+    KVCache,
+    KVLayout,
+)
 from octavo.plugins.specs import AttentionNeed
 from octavo_example_attention_sdpa.options import SDPAOptions
 
@@ -61,7 +69,13 @@ class SDPAAttention(AttentionBackend):
                 state.slices.append((start, stop, slots[: seq_len - (end - stop)]))
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, kv_cache: KVCache, state: object, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
     ) -> Tensor:
         assert isinstance(state, _State)
         keys, values = (buffer.flatten(0, 1) for buffer in kv_cache)
@@ -75,7 +89,7 @@ class SDPAAttention(AttentionBackend):
                 keys[slots].transpose(0, 1).unsqueeze(0),
                 values[slots].transpose(0, 1).unsqueeze(0),
                 attn_mask=visible.tril(len(slots) - (stop - start)),
-                scale=scale,
+                scale=parameters.scale,
                 enable_gqa=True,
             )
             output[start:stop] = attended.squeeze(0).transpose(0, 1)
