@@ -118,6 +118,13 @@ class LayerFactory(ABC):
         """The linear that makes logits; `tied_to` is the embedding's prefix whose tensor it shares."""
 
     @abstractmethod
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        """A tensor of the checkpoint that is in no other layer, by its whole name; called when the weights are loaded.
+
+        It is in the model's dtype, and among several devices each has the whole.
+        """
+
+    @abstractmethod
     def attention(
         self,
         layer_index: int,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+from torch import Tensor
 
 from octavo.errors import ConfigError, PluginError
 from octavo.interfaces.attention import AttentionBackend, AttentionParameters
@@ -14,6 +17,7 @@ from octavo.nn.attention import Attention
 from octavo.nn.embedding import Embedding
 from octavo.nn.linear import Linear, LinearPart, Stack, StackedLinear
 from octavo.nn.norm import RMSNorm
+from octavo.nn.parameter import Parameter
 from octavo.nn.rotary import RotaryTable, rotary_bytes_per_position
 from octavo.nn.weights import WeightLoader
 
@@ -122,6 +126,10 @@ class DeviceLayerFactory(LayerFactory):
             padded=True,
         )
         return self._linear([part], bias=False)
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        self.num_weights += prod(shape)
+        return Parameter(self._loader, name, shape, self._method.dtype, self._method.device)
 
     def attention(
         self,

@@ -233,6 +233,9 @@ class RecordingFactory(LayerFactory):
     def head(self, prefix: str, vocab_size: int, hidden_size: int, *, tied_to: str | None) -> Unary:
         return self._factory.head(prefix, vocab_size, hidden_size, tied_to=tied_to)
 
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        return self._factory.parameter(name, shape)
+
     def attention(
         self,
         layer_index: int,
