@@ -108,6 +108,18 @@ def test_unknown_architecture_is_advised_the_nearest_ones_and_how_to_add_it() ->
     assert "ModelSpec(architectures=('Llama4ForCausalLM',)" in advice
 
 
+def test_a_model_spec_of_any_architecture_leaves_it_to_its_probe(probes: str) -> None:
+    need = ModelNeed(device="cpu", architecture="NoSuchForCausalLM")
+    assert ModelSpec(name="any", target="a:B", architectures=("*",), probe=f"{probes}:yes").why_not(need) == []
+    refused = ModelSpec(name="any", target="a:B", architectures=("*",), probe=f"{probes}:no").why_not(need)
+    assert refused == ["the driver is too old for cpu"]
+
+
+def test_any_architecture_is_not_advised_as_a_near_name() -> None:
+    advice = ModelNeed(architecture="*ForCausalLM").advice([ModelSpec(name="x", target="a:B", architectures=("*",))])
+    assert advice.startswith("A plugin adds this one")
+
+
 # ------------------------------------------------------------------------------------------------------ probe
 
 

@@ -68,6 +68,12 @@ KNOWN_PACKAGES = (
         serves=frozenset({"Qwen2ForCausalLM", "Qwen3ForCausalLM"}),
     ),
     KnownPackage(
+        distribution="octavo-model-transformers",
+        kind="model",
+        names=frozenset({"transformers"}),
+        serves=frozenset({"*"}),
+    ),
+    KnownPackage(
         distribution="octavo-scheduler-fair",
         kind="scheduler",
         names=frozenset({"priority", "fair"}),

@@ -55,7 +55,7 @@ class ModelNeed(Need):
 
     def advice(self, specs: Iterable[Spec]) -> str:
         """The architectures with the nearest names, and how to add this one."""
-        known = {name for spec in specs if isinstance(spec, ModelSpec) for name in spec.architectures}
+        known = {name for spec in specs if isinstance(spec, ModelSpec) for name in spec.architectures} - {_ANY}
         near = get_close_matches(self.architecture, known, n=3, cutoff=0.0)
         return (
             (f"Nearest architectures installed: {', '.join(near)}. " if near else "")
@@ -233,11 +233,11 @@ class ModelSpec(Spec):
     kind: ClassVar[str] = "model"
     noun: ClassVar[str] = "model architecture"
 
-    architectures: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()  # values of config.json's architectures[0]; "*" leaves it to the probe
 
     def _facts_against(self, need: Need) -> list[str]:
         assert isinstance(need, ModelNeed)
-        if need.architecture in self.architectures:
+        if need.architecture in self.architectures or _ANY in self.architectures:
             return []
         return [f"builds {_list(self.architectures)}; the checkpoint is {need.architecture}"]
 
@@ -324,6 +324,7 @@ def load_target(target: str) -> Callable[..., Any]:
         raise PluginError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
+_ANY = "*"  # in ModelSpec.architectures: every one that the probe has no reason against
 _TARGET = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
 
 
