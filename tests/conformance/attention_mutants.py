@@ -59,7 +59,9 @@ class PlainAttention(AttentionBackend):
             slots = self.slots(layout.block_table[index].long(), seq_len)
             keys, values = (buffer.flatten(0, 1)[slots] for buffer in kv_cache)
             scores = self.scores(query[tokens], keys, self.scale(parameters.scale))
-            hidden = self.hidden(tokens.stop - tokens.start, seq_len)
+            if (cap := self.cap(parameters)) is not None:
+                scores = cap * (scores / cap).tanh()
+            hidden = self.hidden(tokens.stop - tokens.start, seq_len) | self.behind_window(scores, parameters)
             weights = self.softmax(scores.masked_fill(hidden, -torch.inf))
             outputs.append(torch.einsum("hqk,khd->qhd", weights, self.heads_of(values).float()))
         return self.result(torch.cat(outputs).flatten(1))
@@ -89,6 +91,14 @@ class PlainAttention(AttentionBackend):
 
     def hidden(self, num_tokens: int, seq_len: int) -> Tensor:
         return torch.arange(seq_len) > torch.arange(seq_len - num_tokens, seq_len).unsqueeze(1)
+
+    def cap(self, parameters: AttentionParameters) -> float | None:
+        return parameters.logit_softcap
+
+    def behind_window(self, scores: Tensor, parameters: AttentionParameters) -> Tensor:
+        num_tokens, seq_len = scores.shape[1:]
+        last_hidden = torch.arange(seq_len - num_tokens, seq_len) - (parameters.sliding_window or seq_len)
+        return torch.arange(seq_len) <= last_hidden.unsqueeze(1)
 
     def softmax(self, scores: Tensor) -> Tensor:
         return scores.softmax(dim=-1)
@@ -156,6 +166,22 @@ class MaskFromTheTop(PlainAttention):
         return torch.arange(seq_len) > torch.arange(num_tokens).unsqueeze(1)
 
 
+class WindowWithoutItself(PlainAttention):
+    """Counts the tokens before a query, not the query with them: one key too many."""
+
+    def behind_window(self, scores: Tensor, parameters: AttentionParameters) -> Tensor:
+        if parameters.sliding_window is not None:
+            parameters = dataclasses.replace(parameters, sliding_window=parameters.sliding_window + 1)
+        return super().behind_window(scores, parameters)
+
+
+class WindowInEveryLayer(PlainAttention):
+    """Takes the window from the need, also in layers that have none."""
+
+    def behind_window(self, scores: Tensor, parameters: AttentionParameters) -> Tensor:
+        return super().behind_window(scores, dataclasses.replace(parameters, sliding_window=self.need.sliding_window))
+
+
 class TrustsHostLengths(PlainAttention):
     def seq_len(self, layout: BatchLayout, index: int) -> int:
         return int(layout.host_seq_lens[index])
@@ -179,6 +205,23 @@ class ScaleOf64(PlainAttention):
 
     def scale(self, scale: float) -> float:
         return 0.125 if scale == self.need.head_dim**-0.5 else scale
+
+
+class IgnoresCap(PlainAttention):
+    def cap(self, parameters: AttentionParameters) -> float | None:
+        return None
+
+
+class CapsHard(PlainAttention):
+    """Cuts scores off at the cap."""
+
+    def scores(self, query: Tensor, keys: Tensor, scale: float) -> Tensor:
+        scores = super().scores(query, keys, scale)
+        cap = self.need.logit_softcap
+        return scores if cap is None else scores.clamp(-cap, cap)
+
+    def cap(self, parameters: AttentionParameters) -> float | None:
+        return None
 
 
 class LowPrecisionProbabilities(PlainAttention):
@@ -339,6 +382,10 @@ MUTANTS: dict[type[PlainAttention], str] = {
     NoCausalMask: "later_tokens_of_a_prefill_change_nothing_before_them",
     MaskFromTheTop: "chunks_attend_to_their_context_and_to_themselves",
     TrustsHostLengths: "lengths_on_the_host_may_exceed_those_of_decodes",
+    WindowWithoutItself: "a_window_shows_the_last_tokens_and_no_other",
+    WindowInEveryLayer: "one_plan_serves_layers_with_and_without_a_window_or_a_cap",
+    IgnoresCap: "scores_are_capped_smoothly",
+    CapsHard: "scores_are_capped_smoothly",
     TilesGroups: "query_heads_are_grouped_in_order_over_the_kv_heads",
     HardCodesScale: "scale_is_the_one_that_was_given",
     ScaleOf64: "every_head_size_that_it_accepts",
@@ -366,6 +413,11 @@ MUTANTS: dict[type[PlainAttention], str] = {
 def refuses_without_a_word(need: AttentionNeed) -> list[str]:
     """A probe whose reasons are none."""
     return ["no"] if need.block_size == 3 else []
+
+
+def refuses_windows(need: AttentionNeed) -> list[str]:
+    """A probe that takes back what its spec declares."""
+    return ["it knows no windows after all"] if need.sliding_window else []
 
 
 def raises_on_odd_head_sizes(need: AttentionNeed) -> list[str]:

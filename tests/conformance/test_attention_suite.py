@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from conformance.attention_mutants import MUTANTS, OneBufferAttention, PlainAttention
+from conformance.attention_mutants import MUTANTS, IgnoresCap, OneBufferAttention, PlainAttention, WindowWithoutItself
 
 from octavo.interfaces import AttentionBackend
 from octavo.plugins.host import Plugin
@@ -17,7 +17,7 @@ SPEC = AttentionSpec(
     name="plain",
     summary="One request after the other",
     target="conformance.attention_mutants:PlainAttention",
-    features=frozenset({"prefill", "decode"}),
+    features=frozenset({"prefill", "decode", "sliding_window", "logit_softcap"}),
     kv_layout="torch-nhd",
 )
 PLUGIN = Plugin(name="test", module="octavo.builtin", distribution="test", version="0")
@@ -62,12 +62,27 @@ def test_backend_that_serves_one_phase_passes_and_skips_the_other_s_tests(phase:
             assert layout.num_decode_requests in (0 if phase == "prefill" else layout.num_requests,)
             super().plan(layout, state)
 
-    outcomes = run(ServesOnePhase, replace(SPEC, features=frozenset({phase})))
+    others = {"prefill", "decode"} - {phase}
+    outcomes = run(ServesOnePhase, replace(SPEC, features=SPEC.features - others))
     assert failed(outcomes) == {}
     assert len([outcome for outcome in outcomes.values() if outcome == "passed"]) > 20
     assert {outcome for outcome in outcomes.values() if outcome != "passed"} == {
         f"skipped: test/plain serves {phase} only"
     }
+
+
+@pytest.mark.parametrize(
+    ("feature", "mutant"), [("sliding_window", WindowWithoutItself), ("logit_softcap", IgnoresCap)]
+)
+def test_what_a_backend_does_not_declare_it_is_not_asked_for(feature: str, mutant: type[PlainAttention]) -> None:
+    spec = replace(SPEC, features=SPEC.features - {feature})
+    assert set(run(mutant, spec).values()) == {"passed"}
+
+
+def test_declaring_windows_and_refusing_them_all_is_a_fault() -> None:
+    spec = replace(SPEC, probe="conformance.attention_mutants:refuses_windows")
+    outcome = run(spec=spec)["test_a_window_shows_the_last_tokens_and_no_other"]
+    assert "its spec declares sliding_window and it refuses all of" in outcome
 
 
 def test_backend_of_decode_alone_is_told_that_it_needs_a_partner() -> None:

@@ -227,7 +227,7 @@ class TorchAttention(AttentionBackend):
             bias = self._bias(torch.ones(num_tokens, num_keys, dtype=torch.bool, device=query.device).triu(1))
         keys, values = key.transpose(0, 1), value.transpose(0, 1)
         results = []
-        for some, its_bias in zip(query.split(_CAPPED_QUERIES), bias.split(_CAPPED_QUERIES), strict=True):
+        for some, its_bias in zip(torch.split(query, _CAPPED_QUERIES), torch.split(bias, _CAPPED_QUERIES), strict=True):
             queries = some.view(len(some), self.need.num_kv_heads, self._group, -1).permute(1, 2, 0, 3)
             folded = queries.flatten(1, 2)  # [num_kv_heads, group * tokens, head_dim]
             result = _capped_attention(folded, keys, values, its_bias.repeat(self._group, 1), parameters)

@@ -8,34 +8,37 @@ Its spec says what is asked of it: features, head sizes, block sizes, dtypes. Wh
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from octavo.interfaces.attention import AttentionBackend
+from octavo.interfaces.attention import AttentionBackend, AttentionParameters
 from octavo.nn.split_attention import SplitAttention
 from octavo.plugins.registry import Candidate
 from octavo.plugins.specs import AttentionNeed, AttentionSpec
-from octavo.testing.paged_scene import Batch, PagedScene, Row, blocks_that_differ, torch_dtype
+from octavo.testing.attention_needs import (
+    BLOCK_SIZES,
+    CAPS,
+    CHUNKS,
+    DECODES,
+    DTYPES,
+    HEAD_SIZES,
+    HEADS,
+    LAYER_VALUES,
+    MORE_TOKENS,
+    PHASES,
+    PREFILLS,
+    WINDOWS,
+    build_partner,
+    in_words,
+    variations,
+)
+from octavo.testing.paged_scene import Batch, PagedScene, Row, blocks_that_differ, torch_dtype, usual_parameters
 from octavo.testing.suite import Suite, installed_components
-
-# (tokens already in the cache, tokens of this step) of each request, around the borders of blocks.
-DECODES = ((1, 1), (3, 1), (15, 1), (16, 1), (17, 1), (31, 1), (32, 1), (33, 1), (100, 1), (190, 1))
-PREFILLS = ((0, 1), (0, 2), (0, 15), (0, 16), (0, 17), (0, 33), (0, 64))
-CHUNKS = ((1, 2), (5, 3), (15, 2), (16, 16), (31, 33), (100, 7))
-
-MORE_TOKENS = 20  # that each request has behind those, for the steps after
-
-PHASES = frozenset({"prefill", "decode"})
-DTYPES = ("float32", "bfloat16", "float16")
-HEAD_SIZES = (64, 72, 128)  # 72: no power of two, and 72 ** -0.5 is no round number
-BLOCK_SIZES = (16, 32, 8)
-HEADS = ((6, 2), (4, 4), (4, 1), (8, 2))  # (query heads, key/value heads): groups of 3, 1, 4 and 4
 
 
 class AttentionSuite(Suite):
@@ -71,7 +74,7 @@ class AttentionSuite(Suite):
         first = AttentionNeed(
             device=self.device, features=features, num_heads=1, num_kv_heads=1, head_dim=1, block_size=1
         )
-        tried = list(_variations(first, dtype=DTYPES, **sizes))
+        tried = list(variations(first, dtype=DTYPES, **sizes))
         accepted = next((need for need in tried if not self.spec().why_not(need)), None)
         assert accepted is not None, (
             f"it refuses every need the suite knows on device {self.device!r} (a class attribute of the suite), "
@@ -81,7 +84,15 @@ class AttentionSuite(Suite):
 
     def accepted(self, **choices: Sequence[object]) -> list[AttentionNeed]:
         """Needs that differ from `need()` in these fields and that the component accepts."""
-        return [need for need in _variations(self.need(), **choices) if not self.spec().why_not(need)]
+        return [need for need in variations(self.need(), **choices) if not self.spec().why_not(need)]
+
+    def needs_with(self, *features: str, **values: Sequence[object]) -> list[AttentionNeed]:
+        """Needs of these features, with each of these values; none when the component does not declare them."""
+        if not self.spec().features >= set(features):
+            return []
+        found = self.accepted(features=[self.need().features | set(features)], **values)
+        assert found, f"its spec declares {', '.join(features)} and it refuses all of {values}"
+        return found
 
     def head_sizes(self) -> tuple[int, ...]:
         """Those that the spec lists; some, when it takes any."""
@@ -136,17 +147,24 @@ class AttentionSuite(Suite):
         return scene, scene.batch([Row(request=one, start=start, end=start + new) for one, (start, new) in pairs])
 
     def check(
-        self, need: AttentionNeed, output: Tensor, batch: Batch, *, scale: float | None = None, by: str = "it"
+        self,
+        need: AttentionNeed,
+        output: Tensor,
+        batch: Batch,
+        *,
+        parameters: AttentionParameters | None = None,
+        by: str = "it",
     ) -> None:
         """Compare a step's output with the formula; rows that are padding have no right output."""
         assert need.dtype is not None
         assert output.dtype == torch_dtype(need), f"the output is {output.dtype}, the query {torch_dtype(need)}"
-        wanted = batch.wanted(need.head_dim**-0.5 if scale is None else scale)
+        parameters = parameters or usual_parameters(need)
+        wanted = batch.wanted(parameters)
         assert output.shape == wanted.shape, "the output is [num_tokens, num_heads * head_dim]"
         errors = (output.cpu().double() - wanted).abs().amax(dim=1)
         errors = errors.masked_fill(batch.layout.slot_mapping.cpu() < 0, 0.0)
         token = int(errors.nan_to_num(nan=torch.inf).argmax())
-        where = f"{batch.row_of(token)}, {_in_words(need)}"
+        where = f"{batch.row_of(token)}, {in_words(need)}, {parameters}"
         assert errors.isfinite().all(), f"not finite: {by} reads slots that were never written, or overflows ({where})"
         allowed = self.tolerances[need.dtype]
         assert errors[token] <= allowed, f"{by} is wrong by {errors[token]:.2g}, allowed is {allowed:g} ({where})"
@@ -180,6 +198,9 @@ class AttentionSuite(Suite):
             replace(base, block_size=3),
         ]
         assert self.spec().why_not(strange[0]), "it accepts a feature that it does not declare"
+        for feature in set(self.spec().known_features) - self.spec().features:
+            need = replace(base, features=base.features | {feature})
+            assert self.spec().why_not(need), f"it accepts {feature}, which it does not declare"
         for need in strange:
             for reason in self.spec().why_not(need):
                 assert len(reason.split()) > 2, f"{reason!r} does not explain why it refuses {need}"
@@ -229,8 +250,33 @@ class AttentionSuite(Suite):
     def test_scale_is_the_one_that_was_given(self) -> None:
         need = self.need()
         scene, batch = self.set_up(((17, 1), (33, 1), (0, 17)), need)
-        for scale in (0.3, 0.07):
-            self.check(need, scene.step(batch, scale=scale), batch, scale=scale)
+        for parameters in (AttentionParameters(scale=0.3), AttentionParameters(scale=0.07)):
+            self.check(need, scene.step(batch, parameters=parameters), batch, parameters=parameters)
+
+    def test_a_window_shows_the_last_tokens_and_no_other(self) -> None:
+        for need in self.needs_with("sliding_window", sliding_window=WINDOWS):
+            parameters = replace(usual_parameters(need), sliding_window=need.sliding_window)
+            scene, batch = self.set_up(DECODES + CHUNKS + PREFILLS, need)
+            self.check(need, scene.step(batch, parameters=parameters), batch, parameters=parameters)
+
+    def test_scores_are_capped_smoothly(self) -> None:
+        for need in self.needs_with("logit_softcap", logit_softcap=CAPS):
+            parameters = replace(usual_parameters(need), logit_softcap=need.logit_softcap)
+            scene, batch = self.set_up(DECODES[::2] + CHUNKS + PREFILLS, need, amplify=3.0)
+            self.check(need, scene.step(batch, parameters=parameters), batch, parameters=parameters)
+
+    def test_one_plan_serves_layers_with_and_without_a_window_or_a_cap(self) -> None:
+        features = sorted(set(LAYER_VALUES) & self.spec().features)
+        for need in self.needs_with(*features, **{feature: LAYER_VALUES[feature][:1] for feature in features}):
+            scene, batch = self.set_up(DECODES + CHUNKS + PREFILLS, need)
+            scene.plan(batch)
+            of_layers = [usual_parameters(need)]
+            for feature in features:
+                of_layers += [replace(one, **{feature: getattr(need, feature)}) for one in of_layers]
+            for parameters in reversed(of_layers):
+                cache = tuple(buffer.clone() for buffer in scene.cache)
+                output = scene.forward(batch, cache=cache, parameters=parameters)
+                self.check(need, output, batch, parameters=parameters)
 
     def test_large_scores_do_not_overflow(self) -> None:
         scene, batch = self.set_up(((17, 1), (100, 1), (0, 33), (16, 16)), amplify=100.0)
@@ -379,25 +425,3 @@ class AttentionSuite(Suite):
         need = need or self.need()
         scene, batch = self.set_up(lengths, need)
         self.check(need, scene.step(batch), batch)
-
-
-def build_partner(candidate: Candidate, need: AttentionNeed) -> AttentionBackend:
-    """Another installed backend, with its default options."""
-    backend: AttentionBackend = installed_components().component(candidate, {}).build(need)
-    return backend
-
-
-def _variations(need: AttentionNeed, **choices: Sequence[object]) -> Iterator[AttentionNeed]:
-    """The need with every combination of these fields; "heads" is (num_heads, num_kv_heads)."""
-    for values in itertools.product(*choices.values()):
-        fields: dict[str, Any] = dict(zip(choices, values, strict=True))
-        if "heads" in fields:
-            fields["num_heads"], fields["num_kv_heads"] = fields.pop("heads")
-        yield replace(need, **fields)
-
-
-def _in_words(need: AttentionNeed) -> str:
-    return (
-        f"{need.num_heads} query heads over {need.num_kv_heads}, head size {need.head_dim}, "
-        f"block size {need.block_size}, {need.dtype}"
-    )

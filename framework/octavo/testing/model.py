@@ -219,7 +219,7 @@ class ModelSuite(Suite):
         share = dict(whole)
         for name, (axis, sizes) in ModelUnderTest(self.make, self.config).asked.parted.items():
             if name in whole:
-                halves = [part.tensor_split(2, axis) for part in whole[name].split(sizes, axis)]
+                halves = [part.tensor_split(2, axis) for part in torch.split(whole[name], sizes, axis)]
                 share[name] = torch.cat([first for first, _ in halves], axis)
                 if axis == 1:  # each rank has some of the inputs, and the products are summed
                     whole[name] = torch.cat([share[name], *(torch.zeros_like(second) for _, second in halves)], axis)

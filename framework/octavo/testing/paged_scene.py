@@ -71,9 +71,9 @@ class Batch:
     key: Tensor
     value: Tensor
 
-    def wanted(self, scale: float) -> Tensor:
+    def wanted(self, parameters: AttentionParameters) -> Tensor:
         """[num_tokens, num_heads * head_dim] float64 on the CPU, by the formula."""
-        return torch.cat([dense_attention(row, scale) for row in self.rows])
+        return torch.cat([dense_attention(row, parameters) for row in self.rows])
 
     def row_of(self, token: int) -> Row:
         index = int(np.searchsorted(self.layout.host_query_start_loc, token, side="right"))
@@ -185,19 +185,24 @@ class PagedScene:
         backend: AttentionBackend | None = None,
         *,
         cache: KVCache | None = None,
-        scale: float | None = None,
+        parameters: AttentionParameters | None = None,
     ) -> Tensor:
-        """One layer of the step that was planned."""
+        """One layer of the step that was planned; by default with the usual scale, no window and no cap."""
         backend = backend or self.backend
         cache = self.cache if cache is None else cache
-        scale = self.need.head_dim**-0.5 if scale is None else scale
-        parameters = AttentionParameters(scale=scale)
+        parameters = parameters or usual_parameters(self.need)
         return backend.forward(batch.query, batch.key, batch.value, cache, self._state(backend), parameters)
 
-    def step(self, batch: Batch, backend: AttentionBackend | None = None, *, scale: float | None = None) -> Tensor:
+    def step(
+        self,
+        batch: Batch,
+        backend: AttentionBackend | None = None,
+        *,
+        parameters: AttentionParameters | None = None,
+    ) -> Tensor:
         """Plan and forward."""
         self.plan(batch, backend)
-        return self.forward(batch, backend, scale=scale)
+        return self.forward(batch, backend, parameters=parameters)
 
     def _state(self, backend: AttentionBackend) -> object:
         if backend not in self._states:
@@ -212,17 +217,28 @@ def torch_dtype(need: AttentionNeed) -> torch.dtype:
     return dtype
 
 
-def dense_attention(row: Row, scale: float) -> Tensor:
-    """softmax(scale * Q K^T + causal mask) V over the request's own tensors, in float64 on the CPU.
+def usual_parameters(need: AttentionNeed) -> AttentionParameters:
+    """Of a layer with neither window nor cap."""
+    return AttentionParameters(scale=need.head_dim**-0.5)
 
-    Query head h reads key/value head h // group. Returns [tokens, num_heads * head_dim].
+
+def dense_attention(row: Row, parameters: AttentionParameters) -> Tensor:
+    """softmax(capped(scale * Q K^T) + mask) V over the request's own tensors, in float64 on the CPU.
+
+    The mask hides later tokens and those behind the window. Query head h reads key/value head h // group.
+    Returns [tokens, num_heads * head_dim].
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; grouped heads: arXiv:2305.13245.
     """
     query, key, value = (tensor.cpu().double() for tensor in (row.request.query, row.request.key, row.request.value))
     group = query.shape[1] // key.shape[1]
     key, value = (tensor[: row.end].repeat_interleave(group, dim=1) for tensor in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query[row.start : row.end], key) * scale
-    hidden = torch.arange(row.end) > torch.arange(row.start, row.end).unsqueeze(1)
+    scores = torch.einsum("qhd,khd->hqk", query[row.start : row.end], key) * parameters.scale
+    if (cap := parameters.logit_softcap) is not None:
+        scores = cap * torch.tanh(scores / cap)
+    behind = torch.arange(row.start, row.end).unsqueeze(1) - torch.arange(row.end)  # how far each key is
+    hidden = behind < 0
+    if parameters.sliding_window is not None:
+        hidden |= behind >= parameters.sliding_window
     weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 

@@ -23,16 +23,11 @@ from octavo_example_attention_sdpa.options import SDPAOptions
 
 @dataclass(slots=True)
 class _State:
-    """What is written and what is read in this step.
+    """What is written and what is read in this step."""
 
-    Attributes:
-        rows, slots: [num_written] int64, tokens of the step and where they are written.
-        slices: of queries, each its first token, its end, and the cache slots up to the position of its last token.
-    """
-
-    rows: Tensor
-    slots: Tensor
-    slices: list[tuple[int, int, Tensor]]
+    rows: Tensor  # [num_written] int64, tokens of the step
+    slots: Tensor  # [num_written] int64, where they are written
+    slices: list[tuple[int, int, Tensor]]  # of queries: first token, end, cache slots up to the last token's position
 
 
 class SDPAAttention(AttentionBackend):
@@ -79,8 +74,7 @@ class SDPAAttention(AttentionBackend):
     ) -> Tensor:
         assert isinstance(state, _State)
         keys, values = (buffer.flatten(0, 1) for buffer in kv_cache)
-        keys[state.slots] = key[state.rows]
-        values[state.slots] = value[state.rows]
+        keys[state.slots], values[state.slots] = key[state.rows], value[state.rows]
         output = torch.empty_like(query)
         for start, stop, slots in state.slices:
             visible = torch.ones(stop - start, len(slots), dtype=torch.bool, device=query.device)
