@@ -103,11 +103,13 @@ PUBLISHED = pytest.mark.parametrize("raw", [GEMMA_2_2B, GEMMA_3_1B], ids=["Gemma
 
 def write_tiny_gemma(folder: Path, config: PreTrainedConfig) -> Path:
     """The folder of a random model as transformers saves it, and a tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:  # transformers starts them at 0, where faults do not show
             parameter.data += 0.2 * torch.randn_like(parameter)
+        if "post_" in name:  # a block's last norm; what it adds is then more than the token, which a tied head repeats
+            parameter.data += 3.0
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
@@ -180,7 +182,7 @@ def test_greedy_tokens_behind_a_cached_prefix_equal_transformers(folder: Path, r
 
 
 def test_bfloat16_chooses_the_same_token_wherever_float32_is_sure(folder: Path, references: list[Reference]) -> None:
-    sure = [(one, step) for one in references for step, margin in enumerate(one.margins) if margin > 1.0]
+    sure = [(one, step) for one in references for step, margin in enumerate(one.margins) if margin > 0.5]
     assert len(sure) >= 20
     with LLM(str(folder), dtype="bfloat16") as llm:
         found = next_tokens_of(llm)([one.prompt_token_ids + one.token_ids[:step] for one, step in sure])

@@ -170,7 +170,7 @@ def test_greedy_tokens_behind_a_cached_prefix_equal_transformers(folder: Path, r
 
 
 def test_bfloat16_chooses_the_same_token_wherever_float32_is_sure(folder: Path, references: list[Reference]) -> None:
-    sure = [(one, step) for one in references for step, margin in enumerate(one.margins) if margin > 1.0]
+    sure = [(one, step) for one in references for step, margin in enumerate(one.margins) if margin > 0.5]
     assert len(sure) >= 20
     with LLM(str(folder), dtype="bfloat16") as llm:
         found = next_tokens_of(llm)([one.prompt_token_ids + one.token_ids[:step] for one, step in sure])
@@ -261,11 +261,6 @@ def test_the_older_name_of_longrope_is_read(changed: Callable[..., str]) -> None
         found = next_tokens_of(llm)([prompt])
     with LLM(changed("longrope, long"), dtype="float32") as llm:
         assert next_tokens_of(llm)([prompt]) == found
-
-
-def test_a_list_of_factors_of_the_wrong_length_is_refused(changed: Callable[..., str]) -> None:
-    with pytest.raises(CheckpointError, match="8 frequencies; 6 pairs"):
-        LLM(changed("longrope, long", rope_parameters=LONGROPE | {"long_factor": [1.0] * 8}), dtype="float32")
 
 
 def test_a_checkpoint_without_a_stacked_projection_is_refused_by_its_name(changed: Callable[..., str]) -> None:

@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
     "sliding_window": 10,
     "tie_word_embeddings": False,
     "pad_token_id": 0,
+    "eos_token_id": 1,
 }
 
 
