@@ -13,28 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from octavo.builtin.torch_attention import TorchAttention
 from octavo.builtin.unquantized import Unquantized
-from octavo.errors import CheckpointError, ConfigError
-from octavo.interfaces import LinearShape, ParameterSpec, QuantizationMethod
+from octavo.errors import CheckpointError, ConfigError, PluginError
+from octavo.interfaces import AttentionParameters, ForwardContext, LinearShape, ParameterSpec, QuantizationMethod
 from octavo.model_config import RopeConfig
 from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
 from octavo.nn.linear import Linear, LinearPart
-from octavo.nn.rope_types import frequencies
 from octavo.nn.rotary import RotaryTable, rotate
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+
+class Unstackable(Unquantized):
+    can_stack = False
 
 
 class ScaledMethod(QuantizationMethod):
@@ -96,6 +91,62 @@ def test_stacked_linears_equal_separate_ones_in_whatever_order_tensors_come(bias
         stacked = layers.stacked_linear("attn", 16, sizes, bias=bias)
         loader.load((name, tensors[name]) for name in order)
         torch.testing.assert_close(list(stacked(x)), wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", [Unquantized, Unstackable], ids=lambda method: method.__name__)
+def test_linears_that_are_stored_as_one_equal_separate_ones(method: type[QuantizationMethod], bias: bool) -> None:
+    sizes = {"q_proj": 8, "k_proj": 4, "v_proj": 4}
+    tensors = {"attn.qkv_proj.weight": torch.randn(16, 12)}
+    if bias:
+        tensors |= {"attn.qkv_proj.bias": torch.randn(16)}
+    layers, loader = factory(method)
+    stacked = layers.qkv_linear("attn", 12, 2, 1, 4, bias=bias, stored_as="qkv_proj")
+    loader.load(tensors.items())
+    x = torch.randn(5, 12)
+    wanted = functional.linear(x, tensors["attn.qkv_proj.weight"], tensors.get("attn.qkv_proj.bias"))
+    torch.testing.assert_close(list(stacked(x)), list(wanted.split(list(sizes.values()), dim=-1)))
+    assert loader.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_tensors_whose_outputs_are_packed_are_parted_in_their_own_elements() -> None:
+    class PackedOutputs(ScaledMethod):
+        """Four outputs in one element, and a tensor that is not parted at all."""
+
+        def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
+            return (
+                ParameterSpec(name="qweight", shape=(shape.in_features, shape.out_features // 4), output_axis=1),
+                ParameterSpec(name="order", shape=(shape.in_features,)),
+            )
+
+        def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> object:
+            found.append([(part["qweight"].tolist(), part["order"].tolist()) for part in parts])
+            return None
+
+    found: list[Any] = []
+    layers, loader = factory(PackedOutputs)
+    layers.stacked_linear("mlp", 2, {"gate": 8, "up": 4}, stored_as="gate_up")
+    loader.load(
+        [("mlp.gate_up.qweight", torch.tensor([[1.0, 2, 3], [4, 5, 6]])), ("mlp.gate_up.order", torch.tensor([1.0, 0]))]
+    )
+    assert found == [[([[1, 2], [4, 5]], [1, 0])], [([[3], [6]], [1, 0])]]
+
+
+def test_a_stack_of_the_wrong_size_is_named_once() -> None:
+    layers, loader = factory()
+    layers.stacked_linear("mlp", 3, {"gate": 4, "up": 4}, stored_as="gate_up")
+    with pytest.raises(CheckpointError) as caught:
+        loader.load([("mlp.gate_up.weight", torch.zeros(6, 3))])
+    assert "1 tensors have the wrong shape: mlp.gate_up.weight is [6, 3], the configuration makes it [8, 3]." in str(
+        caught.value
+    )
+
+
+def test_each_rank_has_its_part_of_every_linear_of_a_stack() -> None:
+    layers, loader = factory(num_ranks=4)
+    layers.qkv_linear("attn", 40, num_heads=8, num_kv_heads=2, head_dim=8, stored_as="qkv")
+    of_one = [one.num_bytes_on_device for one in loader.expected["attn.qkv.weight"]]
+    assert of_one == [2 * 8 * 40 * 4, 8 * 40 * 4, 8 * 40 * 4]  # two query heads, and one KV head that two ranks share
 
 
 def test_a_method_that_cannot_stack_gets_its_linears_one_by_one() -> None:
@@ -257,6 +308,21 @@ def test_norm_equals_transformers_and_adds_the_residual_first() -> None:
     torch.testing.assert_close(ours(hidden, residual), (theirs(hidden + residual), hidden + residual))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_with_an_offset_equals_gemmas(dtype: torch.dtype) -> None:
+    theirs = Gemma2RMSNorm(32, eps=1e-6)
+    theirs.weight.data = 0.01 * torch.randn(32)  # in bfloat16 all but lost beside one
+    loader = WeightLoader()
+    method = Unquantized({}, dtype, "cpu")
+    backend = TorchAttention(AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4))
+    ours = DeviceLayerFactory(method, backend, loader).norm("norm", 32, 1e-6, weight_offset=1.0)
+    loader.load([("norm.weight", theirs.weight.data)])
+    hidden = torch.randn(7, 32).to(dtype)
+    found, residual = ours(hidden, None)
+    assert (found.dtype, residual.dtype) == (dtype, dtype)
+    torch.testing.assert_close(found, theirs(hidden), rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6)
+
+
 def test_a_tied_head_multiplies_with_the_embedding_table() -> None:
     layers, loader = factory()
     embed = layers.embedding("model.embed_tokens", 10, 4)
@@ -265,6 +331,71 @@ def test_a_tied_head_multiplies_with_the_embedding_table() -> None:
     loader.load([("model.embed_tokens.weight", table)])
     assert embed(torch.tensor([3, 3, 9])).tolist() == table[[3, 3, 9]].tolist()
     torch.testing.assert_close(head(table[:2]), table[:2] @ table.T)
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+class Recorder(TorchAttention):
+    """Says what it was given instead of attending."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
+        return query, key, others[-1]
+
+
+def attention_of(**need: Any) -> DeviceLayerFactory:
+    needed = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4, **need)
+    return DeviceLayerFactory(Unquantized({}, torch.float32, "cpu"), Recorder(needed), WeightLoader())
+
+
+def called(layer: Any, layers: DeviceLayerFactory) -> Any:
+    """What the backend gets of ones at position 3."""
+    positions, ones = torch.tensor([3]), torch.ones(1, 8)
+    rotary = [table(positions) for table in layers.rotary_tables(16)]
+    context = ForwardContext(positions=positions, rotary=rotary, kv_caches=[()] * 3, attention_state=None)
+    return layer(ones, ones, ones, context)
+
+
+def test_layers_of_one_rotation_share_a_table_and_others_have_their_own() -> None:
+    layers, ropes = attention_of(), (RopeConfig(theta=10.0), RopeConfig(theta=10.0), RopeConfig(theta=500.0))
+    first, second, third = (layers.attention(i, 2, 2, 4, 0.5, rope=rope) for i, rope in enumerate(ropes))
+    assert layers.rotations == [(ropes[0], 4), (ropes[2], 4)]
+    assert layers.rotary_bytes_per_position == 2 * 2 * 4 * 4
+    for layer, theta in ((first, 10.0), (second, 10.0), (third, 500.0)):
+        query, key, _ = called(layer, layers)
+        table = RotaryTable(RopeConfig(theta=theta), 4, 16, torch.float32, "cpu")
+        wanted = rotate(torch.ones(1, 2, 4), table(torch.tensor([3])))
+        assert torch.equal(query, wanted)
+        assert torch.equal(key, wanted)
+
+
+def test_a_layer_without_a_rope_is_not_rotated() -> None:
+    layers = attention_of()
+    query, key, _ = called(layers.attention(0, 2, 2, 4, 0.5, rope=None), layers)
+    assert torch.equal(query, torch.ones(1, 2, 4))
+    assert torch.equal(key, torch.ones(1, 2, 4))
+    assert layers.rotary_tables(16) == []
+
+
+def test_a_layer_hands_its_backend_scale_window_and_cap() -> None:
+    layers = attention_of(features=frozenset({"sliding_window"}), sliding_window=7, logit_softcap=30.0)
+    layer = layers.attention(0, 2, 2, 4, 0.5, rope=None, sliding_window=7, logit_softcap=30.0)
+    assert called(layer, layers)[2] == AttentionParameters(scale=0.5, sliding_window=7, logit_softcap=30.0)
+    assert called(layers.attention(0, 2, 2, 4, 0.5, rope=None), layers)[2] == AttentionParameters(scale=0.5)
+
+
+def test_a_window_that_no_context_outgrows_is_none() -> None:
+    layers = attention_of(sliding_window=7)
+    layer = layers.attention(0, 2, 2, 4, 0.5, rope=None, sliding_window=7)
+    assert called(layer, layers)[2].sliding_window is None
+
+
+@pytest.mark.parametrize("asked", [{"sliding_window": 8}, {"logit_softcap": 50.0}], ids=str)
+def test_a_window_or_cap_that_no_backend_was_asked_for_is_refused(asked: dict[str, Any]) -> None:
+    layers = attention_of(features=frozenset({"sliding_window"}), sliding_window=7)
+    ((name, value),) = asked.items()
+    with pytest.raises(PluginError, match=f"Layer 2 of the model asks for {name}={value}, but the attention backend"):
+        layers.attention(2, 2, 2, 4, 0.5, rope=None, **asked)
 
 
 # ------------------------------------------------------------------------------------------------------- rotary
@@ -290,30 +421,3 @@ def test_rotation_equals_transformers(head_dim: int) -> None:
     wanted = apply_rotary_pos_emb(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
     for x, rotated in zip((query, key), wanted, strict=True):
         torch.testing.assert_close(rotate(x, table(positions)), rotated[0].transpose(0, 1), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_frequencies_equal_transformers(head_dim: int, factor: float) -> None:
-    parameters = {**LLAMA3, "factor": factor}
-    config = llama_config(head_dim, {**parameters, "rope_theta": 500_000.0})
-    wanted, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    found, _ = frequencies(RopeConfig(theta=500_000.0, rope_type="llama3", parameters=parameters), head_dim, 4096)
-    assert attention_factor == 1.0
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
-
-
-def test_given_factors_divide_the_plain_frequencies() -> None:
-    found, _ = frequencies(RopeConfig(rope_type="factors", parameters={"factors": [1.0, 4.0]}), 4, 4096)
-    torch.testing.assert_close(found, torch.tensor([1.0, 0.01 / 4]))
-
-
-def test_an_unknown_rope_type_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=r"'spiral' is not supported; known: default, linear, dynamic, llama3"):
-        frequencies(RopeConfig(rope_type="spiral"), 64, 4096)
-
-
-def test_a_rope_type_without_its_numbers_is_refused_by_their_name() -> None:
-    parameters = {name: value for name, value in LLAMA3.items() if name != "low_freq_factor"}
-    with pytest.raises(CheckpointError, match=r"'llama3' lacks the parameter 'low_freq_factor'"):
-        frequencies(RopeConfig(rope_type="llama3", parameters=parameters), 64, 4096)

@@ -127,6 +127,18 @@ class ModelConfig:
             raw=raw,
         )
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens of the longest context that the rotation is made for; max_position_embeddings may be less of it.
+
+        "linear", "dynamic" and "yarn" multiply the length that the model was trained with, and many files state that.
+        """
+        parameters = self.rope.parameters
+        if self.rope.rope_type not in ("linear", "dynamic", "yarn") or not parameters.get("factor"):
+            return self.max_position_embeddings
+        trained = parameters["original_max_position_embeddings"]
+        return max(self.max_position_embeddings, int(trained * float(parameters["factor"])))
+
     def attention_features(self, max_model_len: int) -> frozenset[str]:
         """What some layers ask of an attention backend, in contexts of at most `max_model_len` tokens."""
         features = set()

@@ -8,6 +8,7 @@ from octavo.plugins.specs import (
     CheckpointSpec,
     CommandSpec,
     ExecutorSpec,
+    LogitsRuleSpec,
     ModelSpec,
     QuantizationSpec,
     SchedulerSpec,
@@ -42,13 +43,19 @@ def octavo_components() -> list[Spec]:
             name="llama",
             summary="Llama and the models that share its layers",
             target="octavo.builtin.llama:Llama",
-            architectures=("LlamaForCausalLM",),
+            architectures=("LlamaForCausalLM", "MistralForCausalLM", "SmolLM3ForCausalLM"),
         ),
         ExecutorSpec(
             name="inline",
             summary="Runs the model in this process, on one device",
             target="octavo.builtin.inline_executor:InlineExecutor",
             max_devices=1,
+        ),
+        LogitsRuleSpec(
+            name="min-tokens",
+            summary="No end before min_tokens outputs",
+            target="octavo.builtin.logits_rules:MinTokens",
+            always=True,
         ),
         CheckpointSpec(
             name="huggingface",

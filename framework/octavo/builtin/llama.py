@@ -1,4 +1,4 @@
-"""Llama and the models that share its shape."""
+"""Llama and the models that share its layers: Mistral, whose queries see a window; SmolLM3, which rotates in some."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
+from octavo.errors import CheckpointError
 from octavo.interfaces.model import ForwardContext, LayerFactory, ModelArchitecture
 from octavo.model_config import ModelConfig
 
 _EMBEDDING = "model.embed_tokens"
+_MISTRAL, _SMOLLM3 = "MistralForCausalLM", "SmolLM3ForCausalLM"
 
 
 class LlamaLayer:
@@ -30,8 +32,8 @@ class LlamaLayer:
             config.num_kv_heads,
             head_dim,
             head_dim**-0.5,
-            rope=config.rope,
-            sliding_window=config.sliding_window,
+            rope=config.rope if _is_rotated(config, index) else None,
+            sliding_window=config.sliding_window if _has_window(config, index) else None,
         )
         self.output = factory.linear(
             f"{prefix}.self_attn.o_proj", config.num_heads * head_dim, hidden_size, bias=attention_bias
@@ -55,13 +57,22 @@ class LlamaLayer:
 
 
 class Llama(ModelArchitecture):
-    """LlamaForCausalLM: Llama 1 to 3, SmolLM2 and their kin.
+    """LlamaForCausalLM (Llama 1 to 3, SmolLM2 and their kin), MistralForCausalLM and SmolLM3ForCausalLM.
 
-    Source: Touvron et al. 2023, arXiv:2302.13971; grouped queries: Ainslie et al. 2023, arXiv:2305.13245.
+    Raises:
+        CheckpointError: config.json asks for another activation.
+
+    Source: Touvron et al. 2023, arXiv:2302.13971; grouped queries: Ainslie et al. 2023, arXiv:2305.13245; Mistral:
+    Jiang et al. 2023, arXiv:2310.06825; layers without rotation: Yang et al. 2025, arXiv:2501.18795.
     """
 
     def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
-        self._tied = config.tie_word_embeddings
+        if (activation := config.raw.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise CheckpointError(
+                f"config.json says that hidden_act is {activation!r}; {config.architecture} here computes 'silu' only."
+            )
+        # What a file leaves out is the architecture's own default: SmolLM3's is a tied head.
+        self._tied = bool(config.raw.get("tie_word_embeddings", config.architecture == _SMOLLM3))
         self.embed = factory.embedding(_EMBEDDING, config.vocab_size, config.hidden_size)
         self.layers = [LlamaLayer(config, factory, index) for index in range(config.num_layers)]
         self.norm = factory.norm("model.norm", config.hidden_size, config.rms_norm_eps)
@@ -75,3 +86,23 @@ class Llama(ModelArchitecture):
 
     def ignored_names(self) -> Sequence[str]:
         return (*(("lm_head.weight",) if self._tied else ()), "*.rotary_emb.inv_freq")
+
+
+def _is_rotated(config: ModelConfig, index: int) -> bool:
+    """Whether a layer has a rotation: config.json lists them, or says that every so manieth has none."""
+    if config.architecture != _SMOLLM3:
+        return True
+    if (listed := config.raw.get("no_rope_layers")) is not None:
+        return bool(listed[index])
+    return (index + 1) % int(config.raw.get("no_rope_layer_interval", 4)) != 0
+
+
+def _has_window(config: ModelConfig, index: int) -> bool:
+    """Whether a layer has the configuration's window: Mistral's all have, SmolLM3's where the file says so."""
+    if config.architecture != _SMOLLM3:
+        return config.architecture == _MISTRAL
+    if not config.raw.get("use_sliding_window", False):
+        return False
+    if layer_types := config.raw.get("layer_types"):
+        return bool(layer_types[index] == "sliding_attention")
+    return not _is_rotated(config, index)

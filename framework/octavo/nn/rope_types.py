@@ -28,16 +28,11 @@ def frequencies(rope: RopeConfig, head_dim: int, max_model_len: int) -> tuple[Te
         raise CheckpointError(f"rope type {rope.rope_type!r} is not supported; known: {', '.join(_TYPES)}.")
     dim = rotary_dim(rope, head_dim)
     try:
-        radians, scaling = compute(rope, dim, max_model_len)
+        return compute(rope, dim, max_model_len)
     except KeyError as error:
         raise CheckpointError(f"rope type {rope.rope_type!r} lacks the parameter {error}.") from error
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"rope type {rope.rope_type!r} cannot use {dict(rope.parameters)}: {error}.") from error
-    if radians.shape != (dim // 2,):
-        raise CheckpointError(
-            f"rope type {rope.rope_type!r} gives {len(radians)} frequencies; {dim // 2} pairs of a head are rotated."
-        )
-    return radians, scaling
 
 
 def rotary_dim(rope: RopeConfig, head_dim: int) -> int:
@@ -116,16 +111,24 @@ def _longrope(rope: RopeConfig, dim: int, max_model_len: int) -> tuple[Tensor, f
     parameters = rope.parameters
     trained = parameters["original_max_position_embeddings"]
     factor = parameters.get("factor") or parameters["max_position_embeddings"] / trained
-    divisors = torch.tensor(parameters["long_factor" if max_model_len > trained else "short_factor"])
+    divisors = _divisors(rope, "long_factor" if max_model_len > trained else "short_factor", dim)
     scaling = parameters.get("attention_factor")
     if scaling is None:
         scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-    return 1.0 / (divisors.float() * _powers(rope.theta, dim)), float(scaling)
+    return 1.0 / (divisors * _powers(rope.theta, dim)), float(scaling)
 
 
 def _factors(rope: RopeConfig, dim: int, max_model_len: int) -> tuple[Tensor, float]:
     """Each plain frequency divided by a factor of its own, as GGUF files store what their writer computed."""
-    return 1.0 / _powers(rope.theta, dim) / torch.tensor(rope.parameters["factors"], dtype=torch.float32), 1.0
+    return 1.0 / _powers(rope.theta, dim) / _divisors(rope, "factors", dim), 1.0
+
+
+def _divisors(rope: RopeConfig, name: str, dim: int) -> Tensor:
+    """One for each frequency, [dim / 2] float32."""
+    divisors = torch.tensor(rope.parameters[name], dtype=torch.float32)
+    if divisors.shape != (dim // 2,):
+        raise ValueError(f"{name} has {divisors.numel()} numbers, and {dim // 2} pairs of a head are rotated")
+    return divisors
 
 
 _TYPES: dict[str, Callable[[RopeConfig, int, int], tuple[Tensor, float]]] = {

@@ -80,10 +80,11 @@ _ATTENTION: dict[str, type[Qwen2Attention] | type[Qwen3Attention]] = {
 
 def _window(config: ModelConfig, index: int) -> int | None:
     """Of one layer: config.json names each layer's type, or how many of the first layers see everything."""
-    layer_types = config.raw.get("layer_types")
-    if layer_types:
+    if not config.raw.get("use_sliding_window", False):
+        return None
+    if layer_types := config.raw.get("layer_types"):
         return config.sliding_window if layer_types[index] == "sliding_attention" else None
-    return config.sliding_window if index >= config.raw.get("max_window_layers", 0) else None
+    return config.sliding_window if index >= config.raw.get("max_window_layers", 28) else None
 
 
 class QwenLayer:
@@ -141,12 +142,11 @@ def _faults(config: ModelConfig) -> list[str]:
     faults = []
     if (activation := config.raw.get("hidden_act", "silu")) != "silu":
         faults.append(f"hidden_act is {activation!r}; only 'silu' is computed")
-    known = {"full_attention"}
-    if config.sliding_window is not None:  # then an attention backend is asked whether it can
-        known.add("sliding_attention")
-    if unknown := sorted(set(config.raw.get("layer_types") or ()) - known):
+    layer_types = set(config.raw.get("layer_types") or ())
+    if unknown := sorted(layer_types - {"full_attention", "sliding_attention"}):
         faults.append(
-            f"layer_types has {', '.join(map(repr, unknown))}; every layer attends to its whole context"
-            + (" and no sliding_window is in use" if "sliding_attention" in unknown else "")
+            f"layer_types has {', '.join(map(repr, unknown))}; layers attend to their whole context or to a window"
         )
+    if "sliding_attention" in layer_types and config.sliding_window is None:
+        faults.append("layer_types has 'sliding_attention', and no sliding_window is in use")
     return faults
