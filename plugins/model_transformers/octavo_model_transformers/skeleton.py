@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from octavo.errors import CheckpointError
 from octavo.model_config import ModelConfig
@@ -56,33 +57,37 @@ def build_skeleton(config: ModelConfig) -> Skeleton:
         CheckpointError: it cannot be served; every reason found is named.
     """
     model = _without_weights(config)
-    if faults := [*_faults_of_config(model.config), *_faults_of_modules(model)]:
+    stored_as = _checkpoint_names(model)
+    if faults := [*_faults_of_config(model.config), *_faults_of_modules(model), *_faults_of_weights(model, stored_as)]:
         raise _refusal(config, faults)
     decoder, embedding, head = model.base_model, model.get_input_embeddings(), _head(model)
     assert isinstance(embedding, nn.Embedding)
     assert head is not None
     tied = head.weight is embedding.weight
     names = {module: name for name, module in model.named_modules()}
-    saved = set(model.state_dict())
     if type(embedding) is nn.Embedding:
         model.set_input_embeddings(nn.Identity())
     linears = replace_linears(model)
     tensors = {
-        name: (module, own_name)
+        stored_as[name]: (module, own_name)
         for prefix, module in model.named_modules()
         for own_name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if (name := f"{prefix}.{own_name}".lstrip(".")) in saved
+        if (name := f"{prefix}.{own_name}".lstrip(".")) in stored_as
     }
+
+    def prefix_of(name: str) -> str:
+        return stored_as[f"{name}.weight"].removesuffix(".weight")
+
     setattr(model, model.base_model_prefix, GivenHidden())
     return Skeleton(
         model=model,
         decoder=decoder,
         embedding=embedding,
-        embedding_name=names[embedding],
+        embedding_name=prefix_of(names[embedding]),
         head=linears.pop(names[head]),
-        head_name=names[head],
+        head_name=prefix_of(names[head]),
         tied=tied,
-        linears=linears,
+        linears={prefix_of(name): linear for name, linear in linears.items()},
         attentions=_traced(config, model, decoder),
         tensors=tensors,
     )
@@ -153,8 +158,22 @@ def _faults_of_modules(model: PreTrainedModel) -> Iterator[str]:
         type(one).__name__ for one in model.modules() if isinstance(one, (nn.modules.conv._ConvNd, nn.RNNBase))
     }:
         yield f"tokens reach each other past its attention, through {', '.join(sorted(mixing))}"
-    if any(parameter.ndim > 2 for parameter in model.parameters()):
-        yield "it is a mixture of experts, whose weights transformers arranges in another way than checkpoints do"
+
+
+def _checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
+    """What the model's tensors are called in checkpoints; those are left out that are no tensor of it as they are."""
+    own = model.state_dict()
+    stored = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(own)).items()}
+    return {name: stored[id(tensor)] for name, tensor in own.items() if id(tensor) in stored}
+
+
+def _faults_of_weights(model: PreTrainedModel, stored_as: Mapping[str, str]) -> Iterator[str]:
+    strange = [name for name, tensor in model.state_dict().items() if name not in stored_as or tensor.ndim > 2]
+    if strange:
+        yield (
+            f"{strange[0]} is not a vector or a matrix of checkpoints"
+            f"{f', nor are {len(strange) - 1} others' if len(strange) > 1 else ''}, as in mixtures of experts"
+        )
 
 
 def _head(model: PreTrainedModel) -> nn.Linear | None:
