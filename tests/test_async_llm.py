@@ -187,7 +187,7 @@ async def test_cancelling_a_refused_duplicate_leaves_the_holder_of_the_id_alone(
         ({"text": "x"}, greedy(), "A prompt is a text"),
         (7, greedy(), "found int"),
         ("x", {"temperature": 0}, "found dict"),
-        ("x", greedy(stop_token_ids=["x"]), "stop_token_ids must be in"),
+        ("x", greedy(stop_token_ids=[10**6]), "stop_token_ids must be in"),
     ],
 )
 async def test_a_bad_prompt_is_refused_and_the_others_go_on(

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.interfaces import BatchLimits, NewRow, ScheduledRow, Step
-from octavo.runner.batch import PersistentBatch, StepInputs
+from octavo.interfaces.executor import BlockCopy
+from octavo.runner.batch import PersistentBatch, Samples, StepInputs
+from octavo.sampling_params import SamplingParams
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 24
@@ -40,20 +41,16 @@ class Sequence:
     top_k: int = 0
     seed: int = 0
     sample_index: int = 0
-    min_tokens: int = 0
+    min_p: float = 0.0
 
     def row(self) -> NewRow:
         return NewRow(
             request_id=self.request_id,
             token_ids=list(self.token_ids),
             num_prompt_tokens=self.num_prompt_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            params=SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p),
             seed=self.seed,
             sample_index=self.sample_index,
-            min_tokens=self.min_tokens,
-            stop_token_ids=(7, 9),
         )
 
 
@@ -119,7 +116,7 @@ class Owner:
             top_k=self.random.choice([0, 0, 5]),
             seed=self.random.randrange(-(2**63), 2**63),
             sample_index=self.random.randrange(3),
-            min_tokens=self.random.choice([0, 0, 2]),
+            min_p=self.random.choice([0.0, 0.0, 0.5]),
         )
 
     def _row(self, sequence: Sequence) -> ScheduledRow:
@@ -164,31 +161,27 @@ def plainly_built(rows: list[tuple[Sequence, ScheduledRow]]) -> dict[str, Any]:
         "num_decode_requests": len(decodes),
         "max_query_len": max(row.num_tokens for _, row in ordered),
         "max_seq_len": max(seq_lens),
-        "sample_rows": [query_start_loc[index + 1] - 1 for index, _ in sampling],
+        "sampled_tokens": [query_start_loc[index + 1] - 1 for index, _ in sampling],
         "sample_request_ids": [sequence.request_id for _, sequence in sampling],
         **{
             name: [getattr(sequence, name) for _, sequence in sampling]
-            for name in ("temperature", "top_p", "top_k", "seed", "sample_index")
+            for name in ("temperature", "top_p", "min_p", "top_k", "seed", "sample_index")
         },
         "position": [len(sequence.token_ids) for _, sequence in sampling],
         "all_greedy": not any(sequence.temperature for _, sequence in sampling),
         "any_top_k": any(sequence.top_k for _, sequence in sampling),
         "any_top_p": any(sequence.top_p < 1 for _, sequence in sampling),
-        "banned": tuple(
-            (row, (7, 9))
-            for row, (_, sequence) in enumerate(sampling)
-            if len(sequence.token_ids) - sequence.num_prompt_tokens < sequence.min_tokens
-        ),
+        "any_min_p": any(sequence.min_p > 0 for _, sequence in sampling),
     }
 
 
 def plainly_read(inputs: StepInputs) -> dict[str, Any]:
-    layout, sampling = inputs.layout, inputs.sampling
+    layout = inputs.layout
     assert layout.num_decode_tokens == layout.num_decode_requests
     assert layout.num_tokens == len(inputs.token_ids)
     assert layout.host_query_start_loc.tolist() == layout.query_start_loc.tolist()
     assert layout.host_seq_lens.tolist() == layout.seq_lens.tolist()
-    return {
+    found = {
         "token_ids": inputs.token_ids.tolist(),
         "positions": inputs.positions.tolist(),
         "slot_mapping": layout.slot_mapping.tolist(),
@@ -198,14 +191,35 @@ def plainly_read(inputs: StepInputs) -> dict[str, Any]:
         "num_decode_requests": layout.num_decode_requests,
         "max_query_len": layout.max_query_len,
         "max_seq_len": layout.max_seq_len,
-        "sample_rows": inputs.sample_rows.tolist(),
-        "sample_request_ids": inputs.sample_request_ids,
-        **{
-            name: getattr(sampling, name).tolist()
-            for name in ("temperature", "top_p", "top_k", "seed", "sample_index", "position")
-        },
-        **{name: getattr(sampling, name) for name in ("all_greedy", "any_top_k", "any_top_p", "banned")},
     }
+    if (samples := inputs.samples) is None:
+        return found | NOTHING_SAMPLED
+    assert samples.positions.tolist() == samples.inputs.position.tolist()
+    return found | {
+        "sampled_tokens": samples.tokens.tolist(),
+        "sample_request_ids": samples.request_ids,
+        **{
+            name: getattr(samples.inputs, name).tolist()
+            for name in ("temperature", "top_p", "min_p", "top_k", "seed", "sample_index", "position")
+        },
+        **{name: getattr(samples.inputs, name) for name in ("all_greedy", "any_top_k", "any_top_p", "any_min_p")},
+    }
+
+
+NOTHING_SAMPLED: dict[str, Any] = {
+    **{name: [] for name in ("sampled_tokens", "sample_request_ids", "temperature", "top_p", "min_p", "top_k", "seed")},
+    "sample_index": [],
+    "position": [],
+    "all_greedy": True,
+    "any_top_k": False,
+    "any_top_p": False,
+    "any_min_p": False,
+}
+
+
+def samples_of(inputs: StepInputs) -> Samples:
+    assert inputs.samples is not None
+    return inputs.samples
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -217,10 +231,13 @@ def test_inputs_equal_those_built_plainly_whatever_happened_before(random: Rando
         batch.update(step)
         inputs = batch.inputs(step)
         assert plainly_read(inputs) == plainly_built(rows)
-        sampled = [random.randrange(VOCAB_SIZE) for _ in inputs.sample_request_ids]
-        batch.append(inputs, np.array(sampled, np.int64))
+        if inputs.samples is None:
+            continue
+        request_ids = inputs.samples.request_ids
+        sampled = [random.randrange(VOCAB_SIZE) for _ in request_ids]
+        batch.append(inputs.samples, {request_id: [one] for request_id, one in zip(request_ids, sampled, strict=True)})
         by_id = {sequence.request_id: sequence for sequence, _ in rows}
-        owner.collect([by_id[request_id] for request_id in inputs.sample_request_ids], sampled)
+        owner.collect([by_id[request_id] for request_id in request_ids], sampled)
 
 
 def test_a_token_the_engine_has_not_seen_yet_feeds_the_next_step() -> None:
@@ -229,7 +246,7 @@ def test_a_token_the_engine_has_not_seen_yet_feeds_the_next_step() -> None:
     second = ScheduledRow(request_id="a", num_computed_tokens=2, num_tokens=1, new_block_ids=[], samples=True)
     step = Step(step_id=0, entering=[sequence.row()], rows=[first])
     batch.update(step)
-    batch.append(batch.inputs(step), np.array([42]))
+    batch.append(samples_of(batch.inputs(step)), {"a": [42]})
     inputs = batch.inputs(Step(step_id=1, rows=[second]))
     assert inputs.token_ids.tolist() == [42]
     assert inputs.positions.tolist() == [2]
@@ -241,7 +258,7 @@ def test_a_top_k_that_no_int32_holds_keeps_all_tokens() -> None:
     row = ScheduledRow(request_id="a", num_computed_tokens=0, num_tokens=1, new_block_ids=[3], samples=True)
     step = Step(step_id=0, entering=[sequence.row()], rows=[row])
     batch.update(step)
-    assert batch.inputs(step).sampling.top_k.item() >= VOCAB_SIZE
+    assert samples_of(batch.inputs(step)).inputs.top_k.item() >= VOCAB_SIZE
 
 
 def test_all_fields_of_a_step_are_one_transfer() -> None:
@@ -250,10 +267,136 @@ def test_all_fields_of_a_step_are_one_transfer() -> None:
     step = Step(step_id=0, entering=[sequence.row()], rows=[row])
     batch.update(step)
     inputs = batch.inputs(step)
+    sampling = samples_of(inputs).inputs
     tensors = [
-        *(inputs.token_ids, inputs.positions, inputs.sample_rows, inputs.layout.slot_mapping),
+        *(inputs.token_ids, inputs.positions, samples_of(inputs).tokens, inputs.layout.slot_mapping),
         *(inputs.layout.query_start_loc, inputs.layout.seq_lens, inputs.layout.block_table),
-        *(inputs.sampling.seed, inputs.sampling.temperature, inputs.sampling.top_k, inputs.sampling.position),
+        *(sampling.seed, sampling.temperature, sampling.top_k, sampling.position),
     ]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     assert all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+# ----------------------------------------------------------------------------------------- drafts, forks, choices
+
+
+def entered(*sequences: Sequence) -> PersistentBatch:
+    """A batch in which these have computed all their tokens but the last."""
+    batch = PersistentBatch(LIMITS)
+    rows = [
+        ScheduledRow(
+            request_id=one.request_id,
+            num_computed_tokens=0,
+            num_tokens=len(one.token_ids) - 1,
+            new_block_ids=one.block_ids,
+            samples=False,
+        )
+        for one in sequences
+    ]
+    batch.update(Step(step_id=0, entering=[one.row() for one in sequences], rows=rows))
+    return batch
+
+
+def updated_inputs(batch: PersistentBatch, *rows: ScheduledRow, entering: list[NewRow] | None = None) -> StepInputs:
+    step = Step(step_id=1, entering=entering or [], rows=list(rows))
+    batch.update(step)
+    return batch.inputs(step)
+
+
+def test_a_row_with_drafts_samples_after_the_token_before_them_and_after_each() -> None:
+    batch = entered(
+        Sequence(request_id="a", token_ids=[1, 2, 3], num_prompt_tokens=3, block_ids=[5, 6]),
+        Sequence(request_id="b", token_ids=[4, 5], num_prompt_tokens=2, block_ids=[7]),
+    )
+    with_drafts = ScheduledRow(
+        request_id="a",
+        num_computed_tokens=2,
+        num_tokens=3,
+        new_block_ids=[],
+        samples=True,
+        token_ids=(8, 9),
+        num_drafts=2,
+    )
+    plain = ScheduledRow(request_id="b", num_computed_tokens=1, num_tokens=1, new_block_ids=[], samples=True)
+    inputs = updated_inputs(batch, with_drafts, plain)
+    assert inputs.token_ids.tolist() == [5, 3, 8, 9]  # "b" decodes and comes first
+    samples = samples_of(inputs)
+    assert samples.request_ids == ["b", "a", "a", "a"]
+    assert samples.tokens.tolist() == [0, 1, 2, 3]
+    assert samples.positions.tolist() == [2, 3, 4, 5]
+    assert samples.drafts == {"a": (8, 9)}
+
+
+def test_the_samples_kept_after_drafts_feed_the_next_step() -> None:
+    batch = entered(Sequence(request_id="a", token_ids=[1, 2, 3], num_prompt_tokens=3, block_ids=[5, 6]))
+    row = ScheduledRow(
+        request_id="a",
+        num_computed_tokens=2,
+        num_tokens=3,
+        new_block_ids=[],
+        samples=True,
+        token_ids=(8, 9),
+        num_drafts=2,
+    )
+    batch.append(samples_of(updated_inputs(batch, row)), {"a": [8, 4]})  # the second draft, 9, was wrong
+    following = ScheduledRow(request_id="a", num_computed_tokens=4, num_tokens=1, new_block_ids=[], samples=True)
+    assert updated_inputs(batch, following).token_ids.tolist() == [4]
+    assert batch.token_ids(batch.row_of("a")).tolist() == [1, 2, 3, 8, 4]
+
+
+def test_a_fork_samples_from_its_origin_s_last_token_with_a_key_of_its_own() -> None:
+    batch = PersistentBatch(LIMITS)
+    origin = Sequence(request_id="a", token_ids=[1, 2, 3], num_prompt_tokens=3, seed=5, sample_index=0)
+    fork = Sequence(request_id="b", token_ids=[1, 2, 3], num_prompt_tokens=3, seed=5, sample_index=1)
+    rows = [
+        ScheduledRow(request_id="a", num_computed_tokens=0, num_tokens=3, new_block_ids=[5], samples=True),
+        ScheduledRow(
+            request_id="b", num_computed_tokens=3, num_tokens=0, new_block_ids=[5], samples=True, forked_from="a"
+        ),
+    ]
+    inputs = updated_inputs(batch, *rows, entering=[origin.row(), fork.row()])
+    assert inputs.layout.num_requests == 1
+    samples = samples_of(inputs)
+    assert samples.request_ids == ["a", "b"]
+    assert samples.tokens.tolist() == [2, 2]
+    assert samples.positions.tolist() == [3, 3]
+    assert samples.inputs.sample_index.tolist() == [0, 1]
+    batch.append(samples, {"a": [7], "b": [8]})
+    following = [
+        ScheduledRow(request_id=name, num_computed_tokens=3, num_tokens=1, new_block_ids=[], samples=True)
+        for name in ("a", "b")
+    ]
+    assert updated_inputs(batch, *following).token_ids.tolist() == [7, 8]
+
+
+def test_a_copied_block_takes_the_place_of_the_shared_one() -> None:
+    batch = entered(Sequence(request_id="a", token_ids=[1, 2, 3], num_prompt_tokens=3, block_ids=[5]))
+    copy = BlockCopy(index=0, source=5, target=9)
+    row = ScheduledRow(
+        request_id="a", num_computed_tokens=2, num_tokens=1, new_block_ids=[], samples=True, copied_blocks=(copy,)
+    )
+    inputs = updated_inputs(batch, row)
+    assert inputs.layout.block_table.tolist() == [[9]]
+    assert inputs.layout.slot_mapping.tolist() == [9 * BLOCK_SIZE + 2]
+
+
+def test_a_token_chosen_outside_replaces_the_runner_s_own_sample() -> None:
+    batch = entered(Sequence(request_id="a", token_ids=[1, 2], num_prompt_tokens=2, block_ids=[5]))
+    row = ScheduledRow(request_id="a", num_computed_tokens=1, num_tokens=1, new_block_ids=[], samples=True)
+    batch.append(samples_of(updated_inputs(batch, row)), {"a": [7]})
+    chosen = ScheduledRow(
+        request_id="a", num_computed_tokens=2, num_tokens=1, new_block_ids=[], samples=True, token_ids=(3,)
+    )
+    assert updated_inputs(batch, chosen).token_ids.tolist() == [3]
+
+
+def test_prompt_logprobs_are_asked_of_every_prompt_token_but_the_first_chunk_by_chunk() -> None:
+    batch = PersistentBatch(LIMITS)
+    params = SamplingParams(prompt_logprobs=2)
+    new = NewRow(request_id="a", token_ids=[1, 2, 3, 4], num_prompt_tokens=4, params=params, seed=0, sample_index=0)
+    first = ScheduledRow(request_id="a", num_computed_tokens=0, num_tokens=2, new_block_ids=[5], samples=False)
+    (targets,) = updated_inputs(batch, first, entering=[new]).prompt_targets
+    assert (targets.first, targets.token_ids.tolist(), targets.num_logprobs) == (0, [2, 3], 2)
+    second = ScheduledRow(request_id="a", num_computed_tokens=2, num_tokens=2, new_block_ids=[], samples=True)
+    (targets,) = updated_inputs(batch, second).prompt_targets
+    assert targets.token_ids.tolist() == [4]

@@ -29,6 +29,9 @@ SETTINGS: dict[str, Any] = {
     "quantization": "auto",
     "scheduler": "auto",
     "executor": "auto",
+    "proposer": "none",
+    "num_speculative_tokens": 4,
+    "logits_rules": (),
     "plugins": PluginsConfig(),
 }
 """Every setting and its default. A new one needs a reader, a unit, a default right for most, and a line here."""
@@ -90,12 +93,12 @@ def test_all_faults_are_named_together() -> None:
     assert all(name in message for name in ("block_size=0", "device='tpu'", "'nonsense'"))
 
 
-@pytest.mark.parametrize("kind", ["attention", "quantization", "scheduler", "executor"])
+@pytest.mark.parametrize("kind", ["attention", "quantization", "scheduler", "executor", "proposer"])
 def test_a_name_is_short_for_a_component_without_options(kind: str) -> None:
     short, long = EngineConfig.create(**{kind: "torch"}), EngineConfig.create(**{kind: {"name": "torch"}})
     assert short == long
     assert getattr(short, kind).options == {}
-    assert getattr(EngineConfig.create(**{kind: None}), kind).name == "auto"
+    assert getattr(EngineConfig.create(**{kind: None}), kind).name == SETTINGS[kind]
 
 
 def test_a_component_takes_options_of_its_own() -> None:

@@ -30,7 +30,10 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nn": (("nn",), ("data", "specs", "interfaces")),
     "runner": (("runner",), ("data", "specs", "interfaces", "nn")),
     "block_pool": (("engine.block_pool",), ("data",)),
-    "scheduler": (("engine.scheduler",), ("data", "interfaces", "block_pool")),
+    "scheduler": (
+        ("engine.scheduler", "engine.kv_waste", "engine.prefix_cache", "engine.waiting_queue"),
+        ("data", "interfaces", "block_pool"),
+    ),
     # not the runner: the engine reaches it through an Executor
     "engine": (("engine",), ("data", "interfaces", "block_pool", "scheduler")),
     "processors": (("input_processor", "output_processor"), ("data", "text", "engine")),

@@ -1,8 +1,9 @@
-"""Llama against transformers: the same logits and the same greedy tokens, for tiny random checkpoints of each kind."""
+"""Llama, Mistral and SmolLM3 against transformers: the same logits and greedy tokens, for tiny checkpoints of each kind."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +11,110 @@ import pytest
 import torch
 from margin_rule import Reference, check, generate, next_tokens_of, token_ids_of
 from safetensors.torch import load_file, save_file
-from tiny_model import MAX_POSITIONS, VOCAB_SIZE, write_tiny_llama
+from tiny_model import MAX_POSITIONS, SIZES, VOCAB_SIZE, write_tiny_llama, write_tiny_model
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SmolLM3Config,
+)
 
-from octavo import LLM, SamplingParams
+from octavo import LLM
 from octavo.builtin.hf_checkpoint import HuggingFaceCheckpoint
 from octavo.builtin.llama import Llama
-from octavo.builtin.torch_attention import TorchAttention
-from octavo.builtin.unquantized import Unquantized
+from octavo.config import EngineConfig
 from octavo.errors import CheckpointError
-from octavo.interfaces import BatchLimits, ForwardContext, NewRow, ScheduledRow, Step
-from octavo.model_config import ModelConfig
-from octavo.nn.factory import DeviceLayerFactory
-from octavo.nn.weights import WeightLoader
-from octavo.plugins.specs import AttentionNeed
-from octavo.runner.batch import PersistentBatch
+from octavo.plugins.specs import AttentionSpec
+from octavo.selection import select
+from octavo.testing.model_under_test import ModelUnderTest
 
-KINDS: dict[str, dict[str, Any]] = {
-    "grouped queries": {},
-    "tied head": {"tie_word_embeddings": True, "num_key_value_heads": 4},
-    "biases": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
-    "llama3 rope": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 1000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
-    },
-    "unusual sizes": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "rms_norm_eps": 1e-3},
+WINDOW = 12
+FACTORS = {"short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0], "long_factor": [1.0, 2.0, 4.0, 6.0, 8.0, 9.0]}
+MISTRAL = SIZES | {"hidden_size": 40, "head_dim": 12, "sliding_window": WINDOW}
+SMOLLM3 = SIZES | {"num_hidden_layers": 4, "pad_token_id": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A tiny model, and where transformers' answers to it are ours: it decides some rotations by the text's length."""
+
+    config: PreTrainedConfig
+    max_model_len: int = MAX_POSITIONS
+    prompt_lengths: tuple[int, ...] = (1, 50, 17)
+    num_tokens: int = 32
+
+
+def llama(**changes: Any) -> Kind:
+    return Kind(config=LlamaConfig(**(SIZES | changes)))
+
+
+def llama_of(rope_type: str, **parameters: Any) -> Kind:
+    """Llama with a rotation, and enough of it to show within 60 positions."""
+    rope = {"rope_type": rope_type, "rope_theta": 100.0, **parameters}
+    return llama(rope_parameters=rope)
+
+
+KINDS = {
+    "Llama 2": llama(num_key_value_heads=4),
+    "grouped queries": llama(),
+    "tied head": llama(tie_word_embeddings=True),
+    "biases": llama(attention_bias=True, mlp_bias=True, num_key_value_heads=1),
+    "unusual sizes": llama(num_attention_heads=6, num_key_value_heads=3, head_dim=10, rms_norm_eps=1e-3),
+    "Llama 3": llama_of(
+        "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+    "linear": llama_of("linear", factor=3.0),
+    "yarn": llama_of("yarn", factor=4.0, original_max_position_embeddings=32),
+    "dynamic, not longer than trained": llama_of("dynamic", factor=4.0),
+    "dynamic, as long as can be": replace(
+        llama(rope_parameters={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=32),
+        max_model_len=60,
+        prompt_lengths=(),
+    ),
+    "longrope, long": replace(
+        llama_of("longrope", **FACTORS, original_max_position_embeddings=32), prompt_lengths=(33, 50, 90)
+    ),
+    "longrope, short": replace(
+        llama_of("longrope", **FACTORS, original_max_position_embeddings=100), max_model_len=100
+    ),
+    "Mistral": Kind(config=MistralConfig(**MISTRAL)),
+    "Mistral without a window": Kind(config=MistralConfig(**(MISTRAL | {"sliding_window": None}))),
+    "SmolLM3": Kind(config=SmolLM3Config(**SMOLLM3)),
+    "SmolLM3 with windows and biases": Kind(
+        config=SmolLM3Config(
+            **SMOLLM3,
+            no_rope_layers=[0, 1, 0, 1],
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+            attention_bias=True,
+            mlp_bias=True,
+        )
+    ),
 }
-BLOCK_SIZE = 8
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("llama"), **KINDS[request.param])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = KINDS[request.param]
+    return found
 
 
 @pytest.fixture(scope="module")
-def reference_model(folder: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def folder(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("llama"), kind.config)
+
+
+@pytest.fixture(scope="module")
+def reference_model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def references(kind: Kind, reference_model: PreTrainedModel) -> list[Reference]:
+    return [greedy_reference(reference_model, prompt, kind.num_tokens) for prompt in prompts(*kind.prompt_lengths)]
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -61,69 +122,19 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
-@torch.inference_mode()
-def logits_of(folder: Path, token_ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+def logits_of(
+    folder: Path, token_ids: Sequence[int], chunks: Sequence[int], max_model_len: int = MAX_POSITIONS
+) -> Tensor:
     """The logits behind every token, computed in steps of so many tokens."""
-    checkpoint, loader = HuggingFaceCheckpoint(str(folder)), WeightLoader()
-    config = ModelConfig.from_dict(checkpoint.config(), checkpoint.generation_config())
-    need = AttentionNeed(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        block_size=BLOCK_SIZE,
-    )
-    backend = TorchAttention(need)
-    factory = DeviceLayerFactory(Unquantized({}, torch.float32, "cpu"), backend, loader)
-    model = Llama(config, factory)
-    loader.load(checkpoint.tensors(), model.ignored_names())
-    rotary = factory.rotary_tables(MAX_POSITIONS)
-    blocks = list(range(-(-len(token_ids) // BLOCK_SIZE)))
-    caches = [backend.kv_layout().allocate(len(blocks), "cpu") for _ in model.layers]
-    limits = BatchLimits(
-        max_num_requests=1, max_num_tokens=256, max_model_len=MAX_POSITIONS, block_size=BLOCK_SIZE, device="cpu"
-    )
-    batch, state = PersistentBatch(limits), backend.make_state(limits)
-    logits, start = [], 0
-    for step_id, num_tokens in enumerate(chunks):
-        row = ScheduledRow(
-            request_id="a",
-            num_computed_tokens=start,
-            num_tokens=num_tokens,
-            new_block_ids=[] if step_id else blocks,
-            samples=False,
-        )
-        step = Step(step_id=step_id, entering=[] if step_id else [entry(token_ids)], rows=[row])
-        batch.update(step)
-        inputs = batch.inputs(step)
-        backend.plan(inputs.layout, state)
-        context = ForwardContext(
-            positions=inputs.positions,
-            rotary=[table(inputs.positions) for table in rotary],
-            kv_caches=caches,
-            attention_state=state,
-        )
-        hidden, residual = model.embed(inputs.token_ids), None
-        for layer in model.layers:
-            hidden, residual = layer(hidden, residual, context)
-        assert residual is not None
-        logits.append(model.head(hidden, residual))
-        start += num_tokens
-    return torch.cat(logits)
-
-
-def entry(token_ids: Sequence[int]) -> NewRow:
-    return NewRow(
-        request_id="a",
-        token_ids=list(token_ids),
-        num_prompt_tokens=len(token_ids),
-        params=SamplingParams(temperature=0.0),
-        seed=0,
-        sample_index=0,
-    )
+    checkpoint = HuggingFaceCheckpoint(str(folder))
+    tensors = dict(checkpoint.tensors())
+    model = ModelUnderTest(Llama, checkpoint.config(), tensors, max_model_len=max_model_len)
+    (logits,) = model.logits([token_ids], [chunks])
+    return logits
 
 
 @torch.inference_mode()
-def greedy_reference(model: LlamaForCausalLM, prompt: Sequence[int], num_tokens: int) -> Reference:
+def greedy_reference(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> Reference:
     """What transformers answers, without a cache, and by how much each token won."""
     token_ids, margins = list(prompt), []
     for _ in range(num_tokens):
@@ -139,18 +150,47 @@ def greedy_reference(model: LlamaForCausalLM, prompt: Sequence[int], num_tokens:
 
 
 @pytest.mark.parametrize("chunks", [[60], [16, 16, 16, 12], [50, *[1] * 10]], ids=["whole", "chunks", "decode"])
-def test_logits_equal_transformers(folder: Path, reference_model: LlamaForCausalLM, chunks: list[int]) -> None:
+def test_logits_equal_transformers(
+    kind: Kind, folder: Path, reference_model: PreTrainedModel, chunks: list[int]
+) -> None:
     (token_ids,) = prompts(60)
     with torch.inference_mode():
         wanted = reference_model(torch.tensor([token_ids])).logits[0]
-    torch.testing.assert_close(logits_of(folder, token_ids, chunks), wanted, rtol=1e-4, atol=1e-4)
+    found = logits_of(folder, token_ids, chunks, kind.max_model_len)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_greedy_tokens_equal_transformers(folder: Path, reference_model: LlamaForCausalLM) -> None:
-    references = [greedy_reference(reference_model, prompt, 32) for prompt in prompts(1, 50, 17)]
-    for settings in ({}, {"max_num_batched_tokens": 16}, {"block_size": 4, "max_steps_in_flight": 2}):
-        with LLM(str(folder), dtype="float32", max_num_seqs=4, **settings) as llm:
-            check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_num_batched_tokens": 16}, {"block_size": 4, "max_steps_in_flight": 2}],
+    ids=["batched", "prompts in chunks", "small blocks, two steps in flight"],
+)
+def test_greedy_tokens_equal_transformers(
+    kind: Kind, folder: Path, references: list[Reference], settings: dict[str, Any]
+) -> None:
+    with LLM(str(folder), dtype="float32", max_num_seqs=4, max_model_len=kind.max_model_len, **settings) as llm:
+        check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "SmolLM3ForCausalLM"])
+def test_another_activation_is_refused_by_name(architecture: str) -> None:
+    raw = LlamaConfig(**SIZES, hidden_act="gelu").to_dict() | {"architectures": [architecture]}
+    with pytest.raises(CheckpointError, match=f"hidden_act is 'gelu'; {architecture} here computes 'silu' only"):
+        ModelUnderTest(Llama, raw)
+
+
+def test_a_backend_without_windows_is_refused_where_contexts_outgrow_the_window(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, KINDS["Mistral"].config)
+    longer, as_long = (
+        select(EngineConfig(model=str(tmp_path), max_model_len=length)).attention_need
+        for length in (WINDOW + 1, WINDOW)
+    )
+    without = AttentionSpec(name="plain", target="plain:Plain", features=frozenset({"prefill", "decode"}))
+    assert without.why_not(longer) == ["does not support sliding_window"]
+    assert without.why_not(as_long) == []
 
 
 def test_a_checkpoint_without_a_layers_tensor_is_refused_by_its_name(tmp_path: Path) -> None:

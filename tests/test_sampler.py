@@ -30,9 +30,11 @@ def inputs(num_samples: int = 1, **columns: Any) -> SamplingInputs:
     temperature = column("temperature", 1.0, torch.float32)
     top_p = column("top_p", 1.0, torch.float32)
     top_k = column("top_k", 0, torch.int32)
+    min_p = column("min_p", 0.0, torch.float32)
     made = SamplingInputs(
         temperature=temperature,
         top_p=top_p,
+        min_p=min_p,
         top_k=top_k,
         seed=column("seed", 0, torch.int64),
         sample_index=column("sample_index", 0, torch.int32),
@@ -40,7 +42,7 @@ def inputs(num_samples: int = 1, **columns: Any) -> SamplingInputs:
         all_greedy=not temperature.any(),
         any_top_k=bool(top_k.any()),
         any_top_p=bool((top_p < 1).any()),
-        banned=columns.pop("banned", ()),
+        any_min_p=bool((min_p > 0).any()),
     )
     assert not columns
     return made
@@ -109,15 +111,6 @@ def test_a_row_without_top_p_keeps_its_least_probable_token_beside_one_with(monk
     rows = torch.tensor([0.0, -30.0, -40.0]).repeat(2, 1)  # in float32 the first has all the probability
     monkeypatch.setattr(sampler, "gumbel_noise", lambda inputs, vocab_size: torch.tensor([0.0, 0.0, 1e6]))
     assert sample(rows, inputs(2, top_p=[1.0, 0.9])).tolist() == [2, 0]
-
-
-def test_banned_tokens_are_never_drawn_and_only_in_their_rows() -> None:
-    logits = torch.tensor([0.0, 5.0, 0.0, 5.0]).repeat(4000, 1)
-    banned = tuple((row, (1, 3)) for row in range(0, 4000, 2))
-    drawn = sample(logits, inputs(4000, seed=range(4000), temperature=[1.0, 1.0, 0.0, 0.0] * 1000, banned=banned))
-    assert set(drawn[::4].tolist()) == {0, 2}
-    assert set(drawn[2::4].tolist()) == {0}  # the largest that is left
-    assert {1, 3} <= set(drawn[1::4].tolist())
 
 
 # ----------------------------------------------------------------------------------------------- how probable

@@ -14,18 +14,30 @@ from octavo.errors import RequestError
 def test_defaults_are_vllms() -> None:
     assert asdict(SamplingParams()) == {
         "n": 1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
+        "min_p": 0.0,
         "seed": None,
-        "max_tokens": 16,
-        "min_tokens": 0,
         "stop": (),
         "stop_token_ids": (),
+        "bad_words": (),
         "include_stop_str_in_output": False,
         "ignore_eos": False,
-        "skip_special_tokens": True,
+        "max_tokens": 16,
+        "min_tokens": 0,
+        "logprobs": None,
+        "prompt_logprobs": None,
+        "logit_bias": None,
+        "allowed_token_ids": None,
         "detokenize": True,
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "truncate_prompt_tokens": None,
+        "extra_args": None,
     }
 
 

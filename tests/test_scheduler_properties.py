@@ -24,8 +24,11 @@ from hypothesis.stateful import (
 )
 
 from octavo.builtin.fcfs import FCFSPolicy
+from octavo.engine import prefix_cache
+from octavo.engine import scheduler as scheduler_module
 from octavo.engine.block_pool import BlockPool, extend_hash_chain
-from octavo.engine.scheduler import Scheduler
+from octavo.engine.scheduler import RequestUpdate, Scheduler
+from octavo.interfaces.executor import BlockCopy, ScheduledRow, Step, StepOutput
 from octavo.interfaces.scheduling import SchedulerPolicy
 from octavo.request import Request, RequestStatus
 from octavo.testing.scheduling_simulation import (
@@ -44,6 +47,7 @@ ENGINES: dict[str, list[Any]] = {
     "max_num_seqs": [5, 3, 2, 8],
     "budget": [8, 4, 16, 32, 2],
     "caching": [True, True, True, False],
+    "max_drafts": [0, 0, 3],
     "policy": ["fcfs", "circling", "oldest"],
 }
 REQUESTS: dict[str, list[Any]] = {
@@ -51,6 +55,7 @@ REQUESTS: dict[str, list[Any]] = {
     "cut": [4, 0, 1, 3, 6, 8, 9, 12, 16],
     "suffix": [[0], [1], [5, 5], [0, 1, 2]],
     "copies": [2, 1, 3],
+    "siblings": [0, 0, 0, 1, 3],
     "max_tokens": [12, 20, 30, 8, 3, 1],
     "min_tokens": [0, 0, 2, 4],
     "stop": [set(), set(), set(), set(), set(), {2}, {3, EOS}],
@@ -131,6 +136,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=engine["budget"],
             depth=self.depth,
             enable_prefix_caching=engine["caching"],
+            max_drafts=engine["max_drafts"],
             seen=self.seen,
             scheduler_class=self.scheduler_class,
             pool_class=self.pool_class,
@@ -146,20 +152,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         capacity = self.simulation.capacity
         prompt = (options["prefix"][: options["cut"]] + options["suffix"])[: capacity - 1]
         for _ in range(options["copies"]):
-            request = simulated_request(
-                next(f"r{number}" for number in count() if f"r{number}" not in self.alive),
-                prompt,
-                max(options["max_tokens"], options["min_tokens"]),
-                capacity,
-                min_tokens=options["min_tokens"],
-                arrival_time=self.simulation.now + options["delay"],
-                stop_token_ids=frozenset(options["stop"]),
-                eos_token_ids=frozenset(options["eos"]),
-                cache_salt=options["salt"],
+            free_ids = (f"r{number}" for number in count() if f"r{number}" not in self.alive)
+            request, *siblings = (
+                simulated_request(
+                    next(free_ids),
+                    prompt,
+                    max(options["max_tokens"], options["min_tokens"]),
+                    capacity,
+                    min_tokens=options["min_tokens"],
+                    arrival_time=self.simulation.now + options["delay"],
+                    stop_token_ids=frozenset(options["stop"]),
+                    eos_token_ids=frozenset(options["eos"]),
+                    cache_salt=options["salt"],
+                    sample_index=index,
+                )
+                for index in range(1 + options["siblings"])
             )
+            request.siblings = siblings
             self.simulation.now += 0.5
             self.simulation.add(request)
-            self.learn_contents(request)
+            for member in (request, *siblings):
+                self.learn_contents(member)
 
     @precondition(lambda self: len(self.in_flight) < self.depth)
     @rule()
@@ -211,7 +224,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request in self.alive.values():
             for index, block_id in enumerate(request.block_ids):
                 num_stored = request.num_scheduled_tokens - index * self.pool.block_size
-                stored[block_id] = min(num_stored, self.pool.block_size)
+                stored[block_id] = max(0, min(num_stored, self.pool.block_size))  # 0: of drafts that were wrong
         if stored:
             self.wastes.append(1 - sum(stored.values()) / (len(stored) * self.pool.block_size))
         assert self.scheduler.kv_waste == pytest.approx(sum(self.wastes) / max(1, len(self.wastes)), abs=1e-9)
@@ -308,6 +321,7 @@ def test_a_crowd_gets_the_tokens_each_would_get_alone(machine: type[SchedulerMac
     machine.seen.clear()
     walk_often(machine)
     expected = {"preempted", "hit", "shared", "dropped", "aborted in flight", "waited"}
+    expected |= {"forked", "copied", "verified", "accepted"}
     if machine.depth == 1:
         expected -= {"waited"}
     assert all(machine.seen[event] >= 20 for event in expected), f"the walks no longer meet everything: {machine.seen}"
@@ -327,27 +341,39 @@ class FreesAtOnce(Scheduler):
 class RegistersEarly(Scheduler):
     """Blocks are offered to others before it is sure that their row stays in the step."""
 
-    def _add_row(self, request: Request, *args: Any) -> None:
-        super()._add_row(request, *args)
-        self._register_full_blocks(request)
+    def _add_row(self, request: Request, *args: Any, **more: Any) -> ScheduledRow:
+        row = super()._add_row(request, *args, **more)
+        prefix_cache.register_full_blocks(self.block_pool, request)
+        return row
 
 
-class ForgetsSalt(Scheduler):
-    """Requests of different salts share blocks."""
+class WritesToSharedBlocks(Scheduler):
+    """A request that shares a partly filled block writes to it without a copy of its own."""
 
-    def _extend_block_hashes(self, request: Request) -> None:
-        request.cache_salt, salt = b"", request.cache_salt
-        super()._extend_block_hashes(request)
-        request.cache_salt = salt
+    def _copy_on_write(self, request: Request, index: int, target: int) -> BlockCopy:
+        self.block_pool.release([target])
+        source = request.block_ids[index]
+        return BlockCopy(index=index, source=source, target=source)
 
 
-class CountsOneTokenTooMany(Scheduler):
-    """A block is offered as full one token early."""
+class CopiesNothing(Scheduler):
+    """A request gets a block of its own, but not what the shared one held."""
 
-    def _register_full_blocks(self, request: Request) -> None:
-        request.num_computed_tokens += 1
-        super()._register_full_blocks(request)
-        request.num_computed_tokens -= 1
+    def _copy_on_write(self, request: Request, index: int, target: int) -> BlockCopy:
+        super()._copy_on_write(request, index, target)
+        return BlockCopy(index=index, source=target, target=target)
+
+
+class KeepsWrongDrafts(Scheduler):
+    """Drafts count as computed whether they were right or not."""
+
+    def apply(self, step: Step, output: StepOutput) -> list[RequestUpdate]:
+        updates = super().apply(step, output)
+        num_drafts = {row.request_id: row.num_drafts for row in step.rows}
+        for update in updates:
+            wrong = num_drafts[update.request.request_id] - (len(update.new_token_ids) - 1)
+            update.request.num_computed_tokens += max(0, wrong)
+        return updates
 
 
 class KeepsEvictedHashes(BlockPool):
@@ -360,9 +386,46 @@ class KeepsEvictedHashes(BlockPool):
         return block_ids
 
 
-@pytest.mark.parametrize("fault", [FreesAtOnce, RegistersEarly, ForgetsSalt, CountsOneTokenTooMany, KeepsEvictedHashes])
+FAULTS = [FreesAtOnce, RegistersEarly, WritesToSharedBlocks, CopiesNothing, KeepsWrongDrafts, KeepsEvictedHashes]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_the_machine_catches_a_planted_fault(fault: type[Any]) -> None:
     kind = "pool_class" if issubclass(fault, BlockPool) else "scheduler_class"
     machine = type(fault.__name__, (SchedulerMachine,), {kind: fault, "seen": Counter()})
+    with pytest.raises((AssertionError, IndexError)):
+        walk_often(machine)
+
+
+def hashes_without_salt(pool: BlockPool, request: Request) -> None:
+    """Requests of different salts share blocks."""
+    request.cache_salt, salt = b"", request.cache_salt
+    EXTEND_HASHES(pool, request)
+    request.cache_salt = salt
+
+
+def registers_one_token_too_many(pool: BlockPool, request: Request) -> None:
+    """A block is offered as full one token early."""
+    request.num_computed_tokens += 1
+    REGISTER_FULL_BLOCKS(pool, request)
+    request.num_computed_tokens -= 1
+
+
+EXTEND_HASHES, REGISTER_FULL_BLOCKS = prefix_cache._extend_hashes, prefix_cache.register_full_blocks
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "fault"),
+    [
+        (prefix_cache, "_extend_hashes", hashes_without_salt),
+        (scheduler_module, "register_full_blocks", registers_one_token_too_many),
+    ],
+    ids=["forgets salt", "counts one token too many"],
+)
+def test_the_machine_catches_a_fault_of_the_prefix_cache(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, fault: Any
+) -> None:
+    monkeypatch.setattr(module, name, fault)
+    machine = type("Faulty", (SchedulerMachine,), {"seen": Counter()})
     with pytest.raises((AssertionError, IndexError)):
         walk_often(machine)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 BOS, EOS, SYSTEM, USER, ASSISTANT = range(5)
 SPECIAL_TOKENS = ("<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -44,8 +44,13 @@ SIZES = {
 
 def write_tiny_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Write the folder and return it; `changes` are of LlamaConfig, over SIZES. One seed, one set of weights."""
+    return write_tiny_model(folder, LlamaConfig(**(SIZES | changes)), seed=seed)
+
+
+def write_tiny_model(folder: Path, config: PreTrainedConfig, *, seed: int = 0) -> Path:
+    """Write the folder of a random model of any architecture and return it."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(SIZES | changes)))
+    model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1, where faults do not show
             parameter.data += 0.2 * torch.randn_like(parameter)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from octavo.plugins.specs import CheckpointSpec as CheckpointSpec
     from octavo.plugins.specs import CommandSpec as CommandSpec
     from octavo.plugins.specs import ExecutorSpec as ExecutorSpec
+    from octavo.plugins.specs import LogitsRuleSpec as LogitsRuleSpec
     from octavo.plugins.specs import ModelSpec as ModelSpec
+    from octavo.plugins.specs import ProposerSpec as ProposerSpec
     from octavo.plugins.specs import QuantizationSpec as QuantizationSpec
     from octavo.plugins.specs import SchedulerSpec as SchedulerSpec
     from octavo.plugins.specs import Spec as Spec
@@ -43,7 +45,9 @@ _MODULES = {
         "CheckpointSpec",
         "CommandSpec",
         "ExecutorSpec",
+        "LogitsRuleSpec",
         "ModelSpec",
+        "ProposerSpec",
         "QuantizationSpec",
         "SchedulerSpec",
         "Spec",

@@ -178,10 +178,9 @@ class AsyncLLM:
         try:
             if request_id in self._open:
                 raise RequestError(f"Request id {request_id!r} is in use; ids must be unique while they run.")
-            requests = self._assembly.inputs.requests(request_id, token_ids, params, priority=priority, tenant=tenant)
-            output = self._assembly.outputs.add(request_id, text, token_ids, params, requests[0].arrival_time)
-            for request in requests:
-                self._assembly.engine.add(request)
+            request = self._assembly.inputs.request(request_id, token_ids, params, priority=priority, tenant=tenant)
+            output = self._assembly.outputs.add(request_id, text, token_ids, params, request.arrival_time)
+            self._assembly.engine.add(request)
         except Exception as error:  # whatever it is, it is this request's
             self._end(output)
             stream.put(error)

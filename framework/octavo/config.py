@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from octavo.errors import ConfigError
 
@@ -106,6 +106,12 @@ class EngineConfig(BaseModel):
     """scheduler policy by name"""
     executor: ComponentConfig = ComponentConfig()
     """executor by name"""
+    proposer: ComponentConfig = ComponentConfig(name="none")
+    """guesses tokens ahead for the model to verify (speculative decoding), by name; none does not"""
+    num_speculative_tokens: int = Field(default=4, ge=1)
+    """tokens a proposer may guess at once"""
+    logits_rules: tuple[ComponentConfig, ...] = ()
+    """logits rules by name, beside those that always apply"""
     plugins: PluginsConfig = PluginsConfig()
     """which plugins may load"""
 
@@ -121,10 +127,17 @@ class EngineConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError("; ".join(_fault(fault, _sources or {}) for fault in error.errors())) from error
 
-    @field_validator("attention", "quantization", "scheduler", "executor", mode="before")
+    @field_validator("logits_rules", mode="before")
     @classmethod
-    def _name_is_short_for_component(cls, value: object) -> object:
-        return {} if value is None else _component(value)
+    def _names_are_short_for_components(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = [word.strip() for word in value.split(",") if word.strip()]
+        return [_component(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    @field_validator("attention", "quantization", "scheduler", "executor", "proposer", mode="before")
+    @classmethod
+    def _name_is_short_for_component(cls, value: object, info: ValidationInfo) -> object:
+        return cls.model_fields[str(info.field_name)].default if value is None else _component(value)
 
 
 def _component(value: object) -> object:

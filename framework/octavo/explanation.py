@@ -11,13 +11,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from octavo.interfaces.manifest import ChosenComponent
-from octavo.plugins.registry import Candidate, Choice
+from octavo.plugins.registry import Candidate, Choice, Choices
 from octavo.plugins.specs import SPEC_KINDS
 from octavo.selection import Selection, select
 from octavo.settings import AUTO, DEFAULT, Settings, Source, as_settings
 
-SOCKETS = ("checkpoint", "model", "quantization", "attention.prefill", "attention.decode", "scheduler", "executor")
-"""In the order they are shown."""
+SOCKETS = (
+    *("checkpoint", "model", "quantization", "attention.prefill", "attention.decode"),
+    *("scheduler", "executor", "proposer", "logits_rules"),
+)
+"""In the order they are shown; the proposer only when one was asked for."""
+
+
+NOTHING = Choice(kind="proposer", candidates=())
+"""What came of a socket that nothing was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,20 +112,22 @@ def explain_selection(selection: Selection, settings: Settings) -> Explanation:
         model=selection.config.model,
         model_path=str(selection.files.path),
         architecture=selection.files.model_config.architecture,
-        sockets=tuple(_socket(name, selection) for name in SOCKETS),
+        sockets=tuple(_sockets(selection)),
         settings=tuple(_effective(selection, settings)),
         failed_plugins={plugin.name: plugin.fault for plugin in selection.registry.failed_plugins},
     )
 
 
-def _socket(name: str, selection: Selection) -> ExplainedSocket:
-    choice = selection.choices[name]
-    return ExplainedSocket(
-        name=name,
-        asked_name=_wishes(selection).get(name, "auto"),
-        candidates=tuple(_candidate(one) for one in choice.candidates),
-        error=None if choice.error is None else str(choice.error),
-    )
+def _sockets(selection: Selection) -> Iterator[ExplainedSocket]:
+    choices: dict[str, Choice | Choices] = {**selection.choices, "logits_rules": selection.logits_rules}
+    for name in SOCKETS:
+        if (choice := choices.get(name)) is not None:
+            yield ExplainedSocket(
+                name=name,
+                asked_name=_wishes(selection).get(name, "auto"),
+                candidates=tuple(_candidate(one) for one in choice.candidates),
+                error=None if choice.error is None else str(choice.error),
+            )
 
 
 def _wishes(selection: Selection) -> dict[str, str]:
@@ -130,6 +139,8 @@ def _wishes(selection: Selection) -> dict[str, str]:
         "attention.decode": decode.name,
         "scheduler": config.scheduler.name,
         "executor": config.executor.name,
+        "proposer": config.proposer.name,
+        "logits_rules": ", ".join(wish.name for wish in config.logits_rules) or "auto",
     }
 
 
@@ -158,8 +169,11 @@ def _effective(selection: Selection, settings: Settings) -> Iterator[EffectiveSe
         if name == "plugins":
             for key, inner in selection.config.plugins.model_dump().items():
                 yield EffectiveSetting(name=f"{name}.{key}", value=inner, source=settings.source(f"{name}.{key}"))
+        elif name == "logits_rules":
+            rules = [component.full_name for component in selection.logits_rules.components]
+            yield EffectiveSetting(name=name, value=rules, source=source if selection.config.logits_rules else AUTO)
         elif sockets := [socket for socket in components if socket.partition(".")[0] == name]:
-            choices = [selection.choices[socket] for socket in sockets]
+            choices = [selection.choices.get(socket, NOTHING) for socket in sockets]
             if len(sockets) == 2 and choices[0].component == choices[1].component:
                 sockets, choices = [name], choices[:1]
             for socket, choice in zip(sockets, choices, strict=True):
@@ -177,7 +191,7 @@ def _component_settings(socket: str, choice: Choice, settings: Settings) -> Iter
     yield EffectiveSetting(
         name=socket,
         value=None if component is None else component.full_name,
-        source=AUTO if source is DEFAULT else source,
+        source=AUTO if source is DEFAULT and choice is not NOTHING else source,
     )
     for option, value in (component.options if component is not None else {}).items():
         side_source = settings.source(f"{socket}.{option}")
@@ -196,7 +210,7 @@ def _lines(explanation: Explanation) -> Iterator[str]:
     origin_width = max(len(_origin(one)) for socket in explanation.sockets for one in socket.candidates)
     for socket in explanation.sockets:
         asked = "" if socket.asked_name == "auto" else f", {socket.asked_name!r} was asked for"
-        yield f"\n{SPEC_KINDS[socket.name.partition('.')[0]].noun} ({socket.name}){asked}"
+        yield f"\n{SPEC_KINDS[socket.name.partition('.')[0].removesuffix('s')].noun} ({socket.name}){asked}"
         for one in socket.candidates:
             verdict = "chosen" if one.chosen else "; ".join(one.reasons) or "could serve"
             mark = "*" if one.chosen else " "

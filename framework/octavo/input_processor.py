@@ -61,7 +61,7 @@ class InputProcessor:
             f"A prompt is a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'; found {found}."
         )
 
-    def requests(
+    def request(
         self,
         request_id: str,
         prompt_token_ids: list[int],
@@ -69,8 +69,10 @@ class InputProcessor:
         *,
         priority: int = 0,
         tenant: str | None = None,
-    ) -> list[Request]:
-        """One request for each of the `n` completions, ids "<request_id>" or "<request_id>/<index>".
+    ) -> Request:
+        """The request of the first of `n` completions, those of the others its siblings.
+
+        Their ids are "<request_id>", or with several "<request_id>/<index>".
 
         Args:
             priority, tenant: what the scheduler policy may rank it by; a lower priority is served earlier.
@@ -85,7 +87,7 @@ class InputProcessor:
         seed = params.seed if params.seed is not None else self._seeds.randrange(MAX_SEED)
         room = self._max_model_len - len(prompt_token_ids)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return [
+        first, *others = (
             Request(
                 request_id=child_id(request_id, index, params.n),
                 prompt_token_ids=prompt_token_ids,
@@ -100,7 +102,9 @@ class InputProcessor:
                 tenant=tenant,
             )
             for index in range(params.n)
-        ]
+        )
+        first.siblings = others
+        return first
 
     def _check(self, prompt_token_ids: list[int]) -> None:
         if not prompt_token_ids:

@@ -185,14 +185,13 @@ class LLM:
         for prompt, each, priority, tenant in zip(prompts, params, priorities, tenants, strict=True):
             request_id = str(next(self._request_ids))
             text, token_ids = self._assembly.inputs.tokenize(prompt)
-            requests = self._assembly.inputs.requests(request_id, token_ids, each, priority=priority, tenant=tenant)
-            checked.append((request_id, text, token_ids, each, requests))
+            request = self._assembly.inputs.request(request_id, token_ids, each, priority=priority, tenant=tenant)
+            checked.append((request_id, text, token_ids, each, request))
         outputs: list[RequestOutput] = []
         try:
-            for request_id, text, token_ids, each, requests in checked:
-                outputs.append(self._assembly.outputs.add(request_id, text, token_ids, each, requests[0].arrival_time))
-                for request in requests:
-                    self.engine.add(request)
+            for request_id, text, token_ids, each, request in checked:
+                outputs.append(self._assembly.outputs.add(request_id, text, token_ids, each, request.arrival_time))
+                self.engine.add(request)
         except BaseException:
             self._abort(outputs)
             raise

@@ -5,6 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the logits before any rule or temperature.
+
+    Attributes:
+        token_ids: the token that is there, then the most probable ones, best first.
+        logprobs: of each of them, natural logarithm.
+        rank: of the first of them among the vocabulary, 1 is the most probable.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    rank: int
+
+
 @dataclass(kw_only=True, slots=True)
 class CompletionOutput:
     """One completion.

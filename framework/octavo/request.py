@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from octavo.outputs import TokenLogprobs
 from octavo.sampling_params import SamplingParams
 
 
@@ -30,10 +31,17 @@ class Request:
         arrival_time: seconds of the engine's clock.
         priority, tenant: for scheduler policies.
         cache_salt: keeps its prefix-cache entries apart from others'.
+        bad_words_token_ids: token sequences that may not be completed.
+        siblings: requests with the same prompt that wait for this one to compute it, then share its blocks.
+        chosen_outside: its samples are not kept; whoever added it chooses each token (a beam).
         num_computed_tokens: tokens whose step has been collected.
         num_in_flight_tokens: tokens in steps submitted and not yet collected.
         num_placeholder_tokens: output tokens those steps will sample, unknown until collected.
+        num_unsent_tokens: last tokens that were chosen outside and that the runner has not had yet.
+        draft_token_ids: guesses of what comes next, to be verified by its next step.
+        prompt_logprobs: of the prompt tokens computed so far, until they are handed over.
         block_ids: its blocks, in order of position; one block may belong to several requests.
+        num_sent_blocks: its leading blocks that the runner knows of.
         block_hashes: hash chain of its full blocks, extended as tokens become known.
         num_registered_blocks: its leading blocks already offered to, or taken from, the prefix cache.
         last_step_id: the last step with a row of this request.
@@ -52,6 +60,9 @@ class Request:
     priority: int = 0
     tenant: str | None = None
     cache_salt: bytes = b""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    siblings: list[Request] = field(default_factory=list)
+    chosen_outside: bool = False
 
     output_token_ids: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
@@ -60,8 +71,12 @@ class Request:
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     num_placeholder_tokens: int = 0
+    num_unsent_tokens: int = 0
+    draft_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    num_sent_blocks: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_registered_blocks: int = 0
     last_step_id: int = -1

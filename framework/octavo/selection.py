@@ -16,8 +16,16 @@ from octavo.interfaces.manifest import Manifest
 from octavo.model_config import ModelConfig
 from octavo.model_source import resolve_model
 from octavo.plugins.attention_pair import choose_attention
-from octavo.plugins.registry import Choice, Registry, default_registry
-from octavo.plugins.specs import AttentionNeed, CheckpointNeed, ExecutorNeed, ModelNeed, Need, QuantizationNeed
+from octavo.plugins.registry import Choice, Choices, Registry, default_registry
+from octavo.plugins.specs import (
+    AttentionNeed,
+    CheckpointNeed,
+    ExecutorNeed,
+    LogitsRuleSpec,
+    ModelNeed,
+    Need,
+    QuantizationNeed,
+)
 from octavo.runner.device import resolve_device, resolve_dtype
 
 
@@ -48,6 +56,7 @@ class Selection:
     max_model_len: int
     attention_need: AttentionNeed
     choices: Mapping[str, Choice]
+    logits_rules: Choices
 
     def manifest(self) -> Manifest:
         """What to build.
@@ -63,6 +72,7 @@ class Selection:
             config=self.config,
             attention_need=self.attention_need,
             components={socket: choice.get() for socket, choice in self.choices.items()},
+            logits_rules=self.logits_rules.get(),
         )
 
 
@@ -100,6 +110,8 @@ def select(config: EngineConfig, device: str | None = None) -> Selection:
         "scheduler": (Need(), config.scheduler),
         "executor": (ExecutorNeed(device=device, num_devices=config.tensor_parallel_size), config.executor),
     }
+    if config.proposer.name != "none":
+        needs["proposer"] = (Need(device=device, dtype=dtype), config.proposer)
     choices = {kind: registry.choose(kind, each, wish.name, wish.options) for kind, (each, wish) in needs.items()}
     return Selection(
         registry=registry,
@@ -110,6 +122,12 @@ def select(config: EngineConfig, device: str | None = None) -> Selection:
         max_model_len=max_model_len,
         attention_need=need,
         choices={"checkpoint": files.choice, **choices, "attention.prefill": prefill, "attention.decode": decode},
+        logits_rules=registry.choose_several(
+            "logits_rule",
+            Need(device=device),
+            lambda spec: isinstance(spec, LogitsRuleSpec) and spec.always,
+            [(wish.name, wish.options) for wish in config.logits_rules],
+        ),
     )
 
 
@@ -145,10 +163,10 @@ def _quantization_need(model_config: ModelConfig, device: str, dtype: str) -> Qu
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
-    longest = model_config.max_position_embeddings
+    longest = model_config.longest_context
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len} was asked for, but the model's positions end at {longest}. "
             f"Set max_model_len to at most {longest}."
         )
-    return config.max_model_len or longest
+    return config.max_model_len or model_config.max_position_embeddings

@@ -200,7 +200,8 @@ def _leaves(tree: Mapping[str, object]) -> Iterator[tuple[Keys, object]]:
 
 def _component_leaves(path: Keys, value: object) -> Iterator[tuple[Keys, object]]:
     if value is None or isinstance(value, str):
-        yield (*path, "name"), value or "auto"
+        default = getattr(EngineConfig.model_fields[path[0]].default, "name", "auto")
+        yield (*path, "name"), value or default
     elif isinstance(value, ComponentConfig):
         yield from _component_leaves(path, value.model_dump(exclude_unset=True))
     elif not isinstance(value, Mapping):

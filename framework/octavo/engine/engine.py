@@ -6,13 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from octavo.engine.scheduler import RequestUpdate, Scheduler
 from octavo.engine.stats import EngineStats
 from octavo.errors import EngineDeadError
 from octavo.interfaces.executor import Executor, Step
+from octavo.outputs import TokenLogprobs
 from octavo.request import Request
 
 
@@ -27,6 +28,8 @@ class EngineOutput:
         num_cached_tokens: prompt tokens taken from the prefix cache.
         first_scheduled_time: seconds of `time.monotonic()`.
         num_preemptions: how often it had to be computed again.
+        logprobs: one for each new token, where they were asked for.
+        prompt_logprobs: of the prompt's tokens but the first, with the first new token, where they were asked for.
     """
 
     request_id: str
@@ -36,6 +39,8 @@ class EngineOutput:
     num_cached_tokens: int
     first_scheduled_time: float | None
     num_preemptions: int
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Engine:
@@ -137,6 +142,8 @@ class Engine:
             num_cached_tokens=request.num_cached_tokens,
             first_scheduled_time=request.first_scheduled_time,
             num_preemptions=request.epoch,
+            logprobs=update.logprobs,
+            prompt_logprobs=update.prompt_logprobs,
         )
 
     @contextmanager

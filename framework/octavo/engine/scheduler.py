@@ -6,18 +6,20 @@ request has tokens to schedule, and each step takes some. The policy ranks; bloc
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
-from octavo.engine.block_pool import BlockPool, DeferredReleases, extend_hash_chain
+from octavo.engine.block_pool import BlockPool, DeferredReleases
+from octavo.engine.kv_waste import KVWaste
+from octavo.engine.prefix_cache import find_prefix, register_full_blocks
+from octavo.engine.waiting_queue import WaitingQueue
 from octavo.errors import PluginError, RequestError
-from octavo.interfaces.executor import NewRow, ScheduledRow, Step, StepOutput
+from octavo.interfaces.executor import BlockCopy, NewRow, ScheduledRow, Step, StepOutput
 from octavo.interfaces.scheduling import SchedulerPolicy
+from octavo.outputs import TokenLogprobs
 from octavo.request import Request, RequestStatus
 
 MAX_PREEMPTIONS_BY_POLICY = 8
@@ -27,23 +29,30 @@ even "the longest running" as victim makes two requests take turns for ever, eac
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestUpdate:
-    """What one collected step gave a request; `request` is already up to date and may have finished."""
+    """What one collected step gave a request; `request` is already up to date and may have finished.
+
+    Attributes:
+        logprobs: one for each new token, of requests that ask for them; of those whose tokens are chosen outside, of
+            the token that was drawn and is not kept.
+        prompt_logprobs: of the whole prompt, with the first token.
+    """
 
     request: Request
     new_token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 _Row = tuple[Request, int, ScheduledRow]  # its epoch when the row was made: late results are told by it
 
 
 @dataclass(kw_only=True, slots=True)
-class _Draft:
+class _Plan:
     """One call of `schedule`: the rows so far, what is left to give, who waits for blocks on their way back."""
 
     now: float
     budget: int
     rows: dict[str, _Row] = field(default_factory=dict)
-    entering: list[NewRow] = field(default_factory=list)
     num_awaited_blocks: dict[str, int] = field(default_factory=dict)
     preempted: bool = False
 
@@ -60,6 +69,9 @@ class Scheduler:
         max_num_seqs: at most this many requests run at once.
         max_num_batched_tokens: the token budget of one step.
         clock: seconds; for `first_scheduled_time` and the policy's keys.
+
+    Attributes:
+        num_drafts, num_accepted_drafts: guesses verified and kept, since the start.
     """
 
     def __init__(
@@ -75,13 +87,13 @@ class Scheduler:
         self.block_pool = block_pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.num_drafts = 0
+        self.num_accepted_drafts = 0
         self._clock = clock
         self._tell_served = type(policy).served is not SchedulerPolicy.served
         self._requests: dict[str, Request] = {}  # unfinished
-        self._places: dict[str, tuple[Any, int]] = {}  # key and sequence number, kept when preempted
         self._num_told_tokens: dict[str, int] = {}  # prompt tokens the policy was told of
-        self._sequence_numbers = count()
-        self._waiting: list[tuple[Any, int, Request]] = []  # a heap; finished requests are skipped when met
+        self._waiting = WaitingQueue(policy)
         self._running: list[Request] = []  # in order of admission
         self._leaving: list[str] = []  # news the runner has not had yet
         self._in_runner: set[str] = set()
@@ -89,7 +101,7 @@ class Scheduler:
         self._next_step_id = 0
         self._releases = DeferredReleases(block_pool)
         self._num_preemptions = 0
-        self._waste_sum, self._waste_steps = 0.0, 0
+        self._waste = KVWaste(block_pool, self._releases)
 
     # ------------------------------------------------------------------------------------------------ numbers
 
@@ -126,16 +138,27 @@ class Scheduler:
     @property
     def kv_waste(self) -> float:
         """1 - tokens stored / token slots over the distinct blocks running requests hold, mean over applied steps."""
-        return self._waste_sum / self._waste_steps if self._waste_steps else 0.0
+        return self._waste.mean
 
     # ------------------------------------------------------------------------------------------------ in and out
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request. Its siblings, if any, share its prompt's blocks: they start when its prompt is computed.
 
         Raises:
             RequestError: it is empty, can never fit, or its id is taken.
         """
+        family = [request, *request.siblings]
+        for member in family:
+            self._check(member)
+        now = self._clock()
+        keys = [self.policy.key(member, now) for member in family]  # first: a policy may raise
+        for member, key in zip(family, keys, strict=True):
+            self._requests[member.request_id] = member
+            self._waiting.give_place(member, key)
+        self._waiting.put(request)
+
+    def _check(self, request: Request) -> None:
         num_prompt_tokens = len(request.prompt_token_ids)
         if request.request_id in self._requests:
             raise RequestError(f"Request id {request.request_id!r} is already in use; ids must be unique.")
@@ -153,10 +176,6 @@ class Scheduler:
                 f"{self.block_pool.block_size}; the KV cache has {self.block_pool.num_blocks}. Lower max_tokens, "
                 f"shorten the prompt or give the KV cache more memory."
             )
-        place = self.policy.key(request, self._clock()), next(self._sequence_numbers)  # first: a policy may raise
-        self._requests[request.request_id] = request
-        self._places[request.request_id] = place
-        self._queue(request)
 
     def abort(self, request_id: str, finish_reason: Literal["abort", "stop"] = "abort") -> Request | None:
         """End a request at any moment, also with steps in flight; None when no such request is unfinished."""
@@ -166,65 +185,116 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
         self._end(request, finish_reason)
-        if len(self._waiting) > 2 * self.num_waiting + 64:  # mostly aborted ones, which hold their prompts
-            self._waiting = [entry for entry in self._waiting if not entry[2].finished]
-            heapq.heapify(self._waiting)
         return request
+
+    def fork(self, origin_id: str, request: Request) -> None:
+        """Add a request whose tokens begin with all of a running one's: it shares the blocks that hold them.
+
+        Nothing is computed again, unless the origin was preempted or no place in the batch is free.
+        The origin must have no step in flight: its tokens are chosen outside, and its last step was applied.
+        """
+        origin = self._requests[origin_id]
+        assert not origin.num_in_flight_tokens, "a request is forked between its steps"
+        self._check(request)
+        self._waiting.give_place(request, self.policy.key(request, self._clock()))
+        self._requests[request.request_id] = request
+        if origin.status is RequestStatus.RUNNING and len(self._running) < self.max_num_seqs:
+            self._share(origin, request, origin.num_computed_tokens)
+            request.num_computed_tokens = origin.num_computed_tokens
+        else:
+            self._waiting.put(request)
+
+    def extend(self, request_id: str, token_id: int) -> None:
+        """Give a request whose tokens are chosen outside its next one."""
+        request = self._requests[request_id]
+        request.output_token_ids.append(token_id)
+        request.num_unsent_tokens += 1
 
     # ------------------------------------------------------------------------------------------------ schedule
 
     def schedule(self) -> Step | None:
         """The next step, or None when there is nothing to compute now."""
-        draft = _Draft(now=self._clock(), budget=self.max_num_batched_tokens)
-        self._schedule_running(draft)
-        for request, _epoch, row in draft.rows.values():  # only now: until here a preemption could take back a row
+        plan = _Plan(now=self._clock(), budget=self.max_num_batched_tokens)
+        self._schedule_running(plan)
+        for request, _epoch, row in list(plan.rows.values()):  # only now: until here a preemption could take back a row
             if (row.num_computed_tokens + row.num_tokens) // self.block_pool.block_size > request.num_registered_blocks:
-                self._register_full_blocks(request)
-        if not draft.preempted and not draft.num_awaited_blocks:
-            self._admit(draft)
-        if not draft.rows:
+                register_full_blocks(self.block_pool, request)
+            if request.siblings:
+                self._fork_siblings(request, row, plan)
+        # Who was preempted is not admitted in the same step, unless nothing else is left to run.
+        if not plan.num_awaited_blocks and not (plan.preempted and plan.rows):
+            self._admit(plan)
+        if not plan.rows:
             return None
         step_id = self._next_step_id
         self._next_step_id += 1
-        rows = list(draft.rows.values())
+        rows = list(plan.rows.values())
+        entering = []
         for request, _epoch, _row in rows:
             request.last_step_id = step_id
+            if request.request_id not in self._in_runner:
+                self._in_runner.add(request.request_id)
+                entering.append(_new_row(request))
         self._in_flight.append((step_id, rows))
         leaving, self._leaving = self._leaving, []
-        return Step(step_id=step_id, leaving=leaving, entering=draft.entering, rows=[row for _, _, row in rows])
+        return Step(step_id=step_id, leaving=leaving, entering=entering, rows=[row for _, _, row in rows])
 
-    def _schedule_running(self, draft: _Draft) -> None:
-        block_size = self.block_pool.block_size
+    def _schedule_running(self, plan: _Plan) -> None:
+        pool, block_size = self.block_pool, self.block_pool.block_size
         for request in list(self._running):
-            if not draft.budget:
+            if not plan.budget:
                 return
             num_tokens = request.num_tokens + request.num_placeholder_tokens
+            start = request.num_computed_tokens + request.num_in_flight_tokens
             if request.status is not RequestStatus.RUNNING or num_tokens >= request.max_total_tokens:
                 continue  # preempted a moment ago, or its last sample is in flight
-            start = request.num_computed_tokens + request.num_in_flight_tokens
-            end = min(num_tokens, start + draft.budget)
-            num_needed = -(-end // block_size) - len(request.block_ids)
-            block_ids = self._find_blocks(request, num_needed, draft) if num_needed > 0 else []
+            if start >= num_tokens:
+                continue  # waits for what becomes of its drafts, or for a token that is chosen outside
+            end = min(num_tokens, start + plan.budget)
+            num_drafts = self._num_drafts(request, end, num_tokens, plan) if request.draft_token_ids else 0
+            end += num_drafts
+            num_new = -(-end // block_size) - len(request.block_ids)
+            first = start // block_size
+            copies = first < len(request.block_ids) and pool.reference_count(request.block_ids[first]) > 1
+            num_needed = num_new + copies
+            block_ids = self._find_blocks(request, num_needed, plan) if num_needed > 0 else []
             if block_ids is not None:
+                copied = (self._copy_on_write(request, first, block_ids.pop()),) if copies else ()
                 request.block_ids += block_ids
-                self._add_row(request, start, end, num_tokens, block_ids, draft)
+                self._add_row(request, start, end, num_tokens + num_drafts, plan, num_drafts, copied)
 
-    def _find_blocks(self, request: Request, num_needed: int, draft: _Draft) -> list[int] | None:
+    def _num_drafts(self, request: Request, end: int, num_tokens: int, plan: _Plan) -> int:
+        """How many of its drafts a request that reaches its last token has room for; none is worth a preemption."""
+        if end < num_tokens or request.num_placeholder_tokens or plan.num_awaited_blocks:
+            return 0
+        pool = self.block_pool
+        room = (len(request.block_ids) + pool.num_free - 1) * pool.block_size - num_tokens  # one may be for a copy
+        left = plan.budget - (end - request.num_scheduled_tokens)
+        return max(0, min(len(request.draft_token_ids), request.max_total_tokens - num_tokens - 1, left, room))
+
+    def _copy_on_write(self, request: Request, index: int, target: int) -> BlockCopy:
+        """Give the request a block of its own in place of one it shares and is about to write to."""
+        source = request.block_ids[index]
+        request.block_ids[index] = target
+        self.block_pool.release([source])  # not the last reference; the copy is made before this step's first write
+        return BlockCopy(index=index, source=source, target=target)
+
+    def _find_blocks(self, request: Request, num_needed: int, plan: _Plan) -> list[int] | None:
         """Blocks for a running request, preempting others if need be; None when it must wait or was itself chosen."""
         pool = self.block_pool
-        if num_needed <= pool.num_free and not draft.num_awaited_blocks:
+        if num_needed <= pool.num_free and not plan.num_awaited_blocks:
             return pool.allocate(num_needed)
         while True:
-            awaited = sum(draft.num_awaited_blocks.values())
+            awaited = sum(plan.num_awaited_blocks.values())
             returning = self._releases.num_references  # at most: a shared block does not return with its first holder
             returning += sum(len(other.block_ids) for other in self._running if _is_ending(other))
             if num_needed <= pool.num_free + returning - awaited:
                 if num_needed <= pool.num_free:
                     return pool.allocate(num_needed)
-                draft.num_awaited_blocks[request.request_id] = num_needed
+                plan.num_awaited_blocks[request.request_id] = num_needed
                 return None
             victim = self._choose_victim()
-            self._preempt(victim, draft)
+            self._preempt(victim, plan)
             if victim is request:
                 return None
 
@@ -233,80 +303,122 @@ class Scheduler:
         candidates = [request for request in self._running if not _is_ending(request)]
         offered = [request for request in candidates if request.epoch < MAX_PREEMPTIONS_BY_POLICY]
         if not offered:
-            return max(candidates, key=lambda request: self._places[request.request_id][1])
+            return self._waiting.latest(candidates)
         victim = self.policy.victim(offered)
         if not any(victim is request for request in offered):
             raise PluginError(f"{type(self.policy).__name__}.victim must return one of the requests it was given.")
         return victim
 
-    def _preempt(self, victim: Request, draft: _Draft) -> None:
+    def _preempt(self, victim: Request, plan: _Plan) -> None:
         """Take a running request's blocks; it waits in its old place and is computed again."""
-        taken_back = draft.rows.pop(victim.request_id, None)
+        taken_back = plan.rows.pop(victim.request_id, None)
         if taken_back is not None:
-            draft.budget += taken_back[2].num_tokens
-        draft.num_awaited_blocks.pop(victim.request_id, None)
-        draft.preempted = True
+            plan.budget += taken_back[2].num_tokens
+        plan.num_awaited_blocks.pop(victim.request_id, None)
+        plan.preempted = True
         self._running.remove(victim)
         self._leave_batch(victim)
         victim.num_computed_tokens = 0
         victim.epoch += 1
         victim.status = RequestStatus.WAITING
         self._num_preemptions += 1
-        self._queue(victim)
+        self._waiting.put(victim)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, plan: _Plan) -> None:
         """Admit waiting requests in the policy's order until the first that does not fit."""
         pool = self.block_pool
         # Whoever enters computes a token, in a block of its own: without one free, the order needs no second look.
-        if self.policy.dynamic and draft.budget and len(self._running) < self.max_num_seqs and pool.num_free:
-            self._rank_again(draft.now)
-        while self._waiting and draft.budget and len(self._running) < self.max_num_seqs:
-            request = self._waiting[0][2]
-            if request.finished:
-                heapq.heappop(self._waiting)
-                continue
-            self._extend_block_hashes(request)
+        if self.policy.dynamic and plan.budget and len(self._running) < self.max_num_seqs and pool.num_free:
+            self._waiting.rank_again(plan.now)
+        while plan.budget and len(self._running) < self.max_num_seqs and (request := self._waiting.first()) is not None:
+            hits = find_prefix(pool, request)
             num_tokens = request.num_tokens
-            hits = pool.lookup(request.block_hashes[: (num_tokens - 1) // pool.block_size])
             # Room for all its known tokens, not only the first chunk: else it would soon be preempted for its own rest.
             if pool.blocks_for(num_tokens) - len(hits) > pool.num_free - pool.num_free_among(hits):
                 return
-            heapq.heappop(self._waiting)
+            self._waiting.pop()
             start = len(hits) * pool.block_size
-            end = min(num_tokens, start + draft.budget)
+            end = min(num_tokens, start + plan.budget)
             pool.acquire(hits)
             new_block_ids = pool.allocate(pool.blocks_for(end) - len(hits))
             assert new_block_ids is not None
             request.block_ids = hits + new_block_ids
             request.num_computed_tokens = start
             request.num_registered_blocks = len(hits)
-            request.status = RequestStatus.RUNNING
-            if request.first_scheduled_time is None:
-                request.first_scheduled_time = draft.now
-                request.num_cached_tokens = start
-            self._running.append(request)
-            self._in_runner.add(request.request_id)
-            draft.entering.append(_new_row(request))
-            self._add_row(request, start, end, num_tokens, list(request.block_ids), draft)
-            self._register_full_blocks(request)
+            self._start_running(request, plan.now, start)
+            row = self._add_row(request, start, end, num_tokens, plan)
+            register_full_blocks(pool, request)
+            if request.siblings:
+                self._fork_siblings(request, row, plan)
+
+    def _start_running(self, request: Request, now: float, num_cached_tokens: int) -> None:
+        request.status = RequestStatus.RUNNING
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = now
+            request.num_cached_tokens = num_cached_tokens
+        self._running.append(request)
+
+    def _fork_siblings(self, origin: Request, row: ScheduledRow, plan: _Plan) -> None:
+        """With the step that computes the last of a prompt, the others that have this prompt draw from it too."""
+        if not row.samples:
+            return
+        siblings, origin.siblings = origin.siblings, []
+        num_tokens = row.num_computed_tokens + row.num_tokens
+        for sibling in siblings:
+            if sibling.finished:
+                continue
+            if len(self._running) >= self.max_num_seqs:
+                self._waiting.put(sibling)  # and computes the prompt itself, or finds it in the prefix cache
+                continue
+            self._share(origin, sibling, num_tokens)
+            sibling.num_in_flight_tokens = num_tokens
+            self._add_row(sibling, num_tokens, num_tokens, num_tokens, plan, forked_from=origin.request_id)
+
+    def _share(self, origin: Request, request: Request, num_tokens: int) -> None:
+        """Let a request hold the blocks of another's first tokens; the last may be partly filled."""
+        pool = self.block_pool
+        request.block_ids = origin.block_ids[: pool.blocks_for(num_tokens)]
+        pool.acquire(request.block_ids)
+        num_full = num_tokens // pool.block_size
+        request.block_hashes = origin.block_hashes[:num_full]
+        request.num_registered_blocks = min(origin.num_registered_blocks, num_full)
+        self._start_running(request, self._clock(), origin.num_cached_tokens)
+        self._waste.watch(request, origin)
 
     def _add_row(
-        self, request: Request, start: int, end: int, num_tokens: int, new_block_ids: list[int], draft: _Draft
-    ) -> None:
-        """Let the request compute its tokens from `start` to `end`, of `num_tokens` known or placeholders."""
+        self,
+        request: Request,
+        start: int,
+        end: int,
+        num_tokens: int,
+        plan: _Plan,
+        num_drafts: int = 0,
+        copied_blocks: tuple[BlockCopy, ...] = (),
+        forked_from: str | None = None,
+    ) -> ScheduledRow:
+        """Let the request compute its tokens from `start` to `end`, of `num_tokens` known, placeholders or drafts."""
         samples = end == num_tokens
         if samples:
             request.num_placeholder_tokens += 1
         request.num_in_flight_tokens += end - start
-        draft.budget -= end - start
+        plan.budget -= end - start
+        chosen = request.output_token_ids[len(request.output_token_ids) - request.num_unsent_tokens :]
         row = ScheduledRow(
             request_id=request.request_id,
             num_computed_tokens=start,
             num_tokens=end - start,
-            new_block_ids=new_block_ids,
+            new_block_ids=request.block_ids[request.num_sent_blocks :],
             samples=samples,
+            token_ids=(*chosen, *request.draft_token_ids[:num_drafts]),
+            num_drafts=num_drafts,
+            copied_blocks=copied_blocks,
+            forked_from=forked_from,
         )
-        draft.rows[request.request_id] = (request, request.epoch, row)
+        request.num_sent_blocks = len(request.block_ids)
+        request.num_unsent_tokens = 0
+        request.draft_token_ids = []
+        plan.rows[request.request_id] = (request, request.epoch, row)
+        return row
 
     # ------------------------------------------------------------------------------------------------ apply
 
@@ -314,7 +426,7 @@ class Scheduler:
         """Collect the oldest step in flight; results for requests that ended or were preempted since are dropped.
 
         Raises:
-            PluginError: the executor did not return one token for a row that samples.
+            PluginError: the executor did not return tokens for a row that samples, or more than it was asked for.
         """
         step_id, rows = self._in_flight.popleft()
         assert step_id == step.step_id == output.step_id, "steps are applied in the order they were made"
@@ -324,33 +436,63 @@ class Scheduler:
         for request, epoch, row in rows:
             if request.epoch != epoch or request.status is not running:
                 continue
-            request.num_computed_tokens += row.num_tokens
-            request.num_in_flight_tokens -= row.num_tokens
-            if self._tell_served:  # before the sample is kept, which may end the request
-                self._tell_policy(request, row)
+            request_id = request.request_id
+            new_token_ids = output.token_ids.get(request_id, []) if row.samples else []
+            if row.samples and not 1 <= len(new_token_ids) <= row.num_drafts + 1:
+                raise PluginError(
+                    f"The executor returned {new_token_ids} for request {request_id!r}, which sampled after "
+                    f"{row.num_drafts} drafts: 1 to {row.num_drafts + 1} tokens are wanted."
+                )
+            num_tokens = row.num_tokens if row.forked_from is None else row.num_computed_tokens
+            request.num_in_flight_tokens -= num_tokens
+            request.num_computed_tokens += num_tokens
+            if row.num_drafts:
+                request.num_computed_tokens -= row.num_drafts - (len(new_token_ids) - 1)
+                self.num_drafts += row.num_drafts
+                self.num_accepted_drafts += len(new_token_ids) - 1
+            if self._tell_served:  # before the samples are kept, which may end the request
+                self._tell_policy(request, row, len(new_token_ids))
+            if prompt_logprobs := output.prompt_logprobs.get(request_id):
+                known = max(0, len(request.prompt_logprobs) - row.num_computed_tokens)  # of before a preemption
+                request.prompt_logprobs += prompt_logprobs[known:]
             if row.samples:
-                new_token_ids = output.token_ids.get(request.request_id, [])
-                self._append_sample(request, new_token_ids)
-                updates.append(RequestUpdate(request=request, new_token_ids=new_token_ids))
+                updates.append(self._sampled(request, new_token_ids, output))
         self._running = [request for request in self._running if request.status is running]
-        self._measure_waste()
+        self._waste.measure(self._running)
         return updates
 
-    def _tell_policy(self, request: Request, row: ScheduledRow) -> None:
+    def _sampled(self, request: Request, new_token_ids: list[int], output: StepOutput) -> RequestUpdate:
+        """Keep what a request sampled, up to the token that ends it."""
+        request_id = request.request_id
+        request.num_placeholder_tokens -= 1
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
+        kept: list[int] = []
+        if not request.chosen_outside:
+            for token_id in new_token_ids:
+                kept.append(token_id)
+                self._append(request, token_id)
+                if request.finished:
+                    break
+            else:
+                request.draft_token_ids = output.draft_token_ids.get(request_id, [])
+        return RequestUpdate(
+            request=request,
+            new_token_ids=kept,
+            logprobs=output.logprobs.get(request_id, [])[: len(kept) or 1],
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _tell_policy(self, request: Request, row: ScheduledRow, num_output_tokens: int) -> None:
         """Each prompt token once: one that is computed again after a preemption was served the first time."""
         end = min(row.num_computed_tokens + row.num_tokens, len(request.prompt_token_ids))
         start = max(row.num_computed_tokens, self._num_told_tokens.get(request.request_id, 0))
         self._num_told_tokens[request.request_id] = max(start, end)
-        self.policy.served(request, max(0, end - start), int(row.samples))
+        self.policy.served(request, max(0, end - start), num_output_tokens)
 
-    def _append_sample(self, request: Request, new_token_ids: list[int]) -> None:
-        if len(new_token_ids) != 1:
-            raise PluginError(f"The executor returned {new_token_ids} for request {request.request_id!r}, not 1 token.")
-        token_id = new_token_ids[0]
-        request.num_placeholder_tokens -= 1
+    def _append(self, request: Request, token_id: int) -> None:
         request.output_token_ids.append(token_id)
         if request.num_in_flight_tokens:  # a later step has computed this token while it was a placeholder
-            self._register_full_blocks(request)
+            register_full_blocks(self.block_pool, request)
         may_stop = len(request.output_token_ids) > request.params.min_tokens
         if may_stop and token_id in request.eos_token_ids:
             self._end(request, "stop")
@@ -360,34 +502,20 @@ class Scheduler:
         elif request.num_tokens >= request.max_total_tokens:
             self._end(request, "length")
 
-    def _measure_waste(self) -> None:
-        pool = self.block_pool
-        num_blocks = self._releases.num_blocks_held_by_others()
-        if num_blocks:
-            num_stored = sum([request.num_computed_tokens + request.num_in_flight_tokens for request in self._running])
-            num_repeats = pool.num_references - self._releases.num_references - num_blocks
-            num_stored -= num_repeats * pool.block_size  # only full blocks are shared
-            self._waste_sum += 1 - num_stored / (num_blocks * pool.block_size)
-            self._waste_steps += 1
-
     # ------------------------------------------------------------------------------------------------ shared
-
-    def _queue(self, request: Request) -> None:
-        key, sequence_number = self._places[request.request_id]
-        heapq.heappush(self._waiting, (key, sequence_number, request))
-
-    def _rank_again(self, now: float) -> None:
-        unfinished = [(number, request) for _key, number, request in self._waiting if not request.finished]
-        self._waiting = [(self.policy.key(request, now), number, request) for number, request in unfinished]
-        heapq.heapify(self._waiting)
 
     def _end(self, request: Request, finish_reason: str) -> None:
         """Finish a request; the caller takes it out of `_running`."""
         self._leave_batch(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = finish_reason
+        siblings = [sibling for sibling in request.siblings if not sibling.finished]
+        request.siblings = []
+        if siblings:  # their prompt is not computed yet: the next of them does it
+            siblings[0].siblings = siblings[1:]
+            self._waiting.put(siblings[0])
         del self._requests[request.request_id]
-        del self._places[request.request_id]
+        self._waiting.forget(request)
         self._num_told_tokens.pop(request.request_id, None)
         self.policy.ended(request)
 
@@ -400,21 +528,9 @@ class Scheduler:
         request.block_ids = []
         request.num_in_flight_tokens = 0
         request.num_placeholder_tokens = 0
-
-    def _extend_block_hashes(self, request: Request) -> None:
-        pool = self.block_pool
-        if pool.enable_prefix_caching and request.num_tokens >= (len(request.block_hashes) + 1) * pool.block_size:
-            token_ids = request.token_ids_from(len(request.block_hashes) * pool.block_size)
-            extend_hash_chain(request.block_hashes, token_ids, pool.block_size, request.cache_salt)
-
-    def _register_full_blocks(self, request: Request) -> None:
-        """Offer the blocks that steps made so far fill with known tokens; a placeholder's block waits for its token."""
-        num_full = min(request.num_scheduled_tokens, request.num_tokens) // self.block_pool.block_size
-        if num_full > request.num_registered_blocks and self.block_pool.enable_prefix_caching:
-            self._extend_block_hashes(request)
-            for index in range(request.num_registered_blocks, num_full):
-                self.block_pool.register(request.block_ids[index], request.block_hashes[index])
-            request.num_registered_blocks = num_full
+        request.num_sent_blocks = 0
+        request.num_unsent_tokens = 0
+        request.draft_token_ids = []
 
 
 def _is_ending(request: Request) -> bool:
@@ -423,16 +539,13 @@ def _is_ending(request: Request) -> bool:
 
 
 def _new_row(request: Request) -> NewRow:
-    params = request.params
     return NewRow(
         request_id=request.request_id,
         token_ids=request.all_token_ids(),
         num_prompt_tokens=len(request.prompt_token_ids),
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=max(0, params.top_k),
+        params=request.params,
         seed=request.seed,
         sample_index=request.sample_index,
-        min_tokens=params.min_tokens,
         stop_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
+        bad_words_token_ids=request.bad_words_token_ids,
     )

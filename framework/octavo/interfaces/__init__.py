@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from octavo.interfaces.executor import ScheduledRow as ScheduledRow
     from octavo.interfaces.executor import Step as Step
     from octavo.interfaces.executor import StepOutput as StepOutput
+    from octavo.interfaces.logits_rule import LogitsRule as LogitsRule
+    from octavo.interfaces.logits_rule import RuleLimits as RuleLimits
     from octavo.interfaces.manifest import ChosenComponent as ChosenComponent
     from octavo.interfaces.manifest import Manifest as Manifest
     from octavo.interfaces.model import ForwardContext as ForwardContext
     from octavo.interfaces.model import LayerFactory as LayerFactory
     from octavo.interfaces.model import ModelArchitecture as ModelArchitecture
+    from octavo.interfaces.proposer import Continuation as Continuation
+    from octavo.interfaces.proposer import Proposer as Proposer
     from octavo.interfaces.quantization import LinearShape as LinearShape
     from octavo.interfaces.quantization import ParameterSpec as ParameterSpec
     from octavo.interfaces.quantization import QuantizationMethod as QuantizationMethod
@@ -49,8 +53,10 @@ _MODULES = {
     ),
     "checkpoint": ("Checkpoint", "TokenizerData"),
     "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
+    "logits_rule": ("LogitsRule", "RuleLimits"),
     "manifest": ("ChosenComponent", "Manifest"),
     "model": ("ForwardContext", "LayerFactory", "ModelArchitecture"),
+    "proposer": ("Continuation", "Proposer"),
     "quantization": ("LinearShape", "ParameterSpec", "QuantizationMethod"),
     "scheduling": ("SchedulerPolicy",),
 }

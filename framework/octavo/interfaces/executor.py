@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.interfaces.manifest import Manifest
+from octavo.outputs import TokenLogprobs
+from octavo.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,21 +18,29 @@ class NewRow:
     Attributes:
         token_ids: every known token, prompt and output.
         num_prompt_tokens: how many of them are the prompt.
-        temperature, top_p, top_k: as in SamplingParams, checked; top_k 0 is off.
+        params: as the user gave them, checked.
         seed, sample_index: what the random draw is keyed with.
-        stop_token_ids, min_tokens: the ids that may not be sampled before min_tokens outputs.
+        stop_token_ids: the ids that may not be sampled before `params.min_tokens` outputs.
+        bad_words_token_ids: token sequences that may not be completed.
     """
 
     request_id: str
     token_ids: list[int]
     num_prompt_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
+    params: SamplingParams
     seed: int
     sample_index: int
-    min_tokens: int
-    stop_token_ids: tuple[int, ...]
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCopy:
+    """Before the step, block `source` is copied to `target`, which takes its place at `index` of the block table."""
+
+    index: int
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +49,15 @@ class ScheduledRow:
 
     Attributes:
         num_computed_tokens: position of its first token in this step.
-        num_tokens: tokens to compute, >= 1; those not known to the engine are the runner's own samples.
+        num_tokens: tokens to compute; 0 only for a fork.
         new_block_ids: blocks to append to its block table (all of them when it enters).
         samples: whether its last token in this step yields a new token.
+        token_ids: its last tokens of this step, where the runner does not know them: chosen outside, or drafts.
+            Tokens known neither to the engine nor given here are the runner's own samples.
+        num_drafts: how many of `token_ids` are guesses. The row samples after the token before them and after each;
+            what it samples is kept up to the first that differs from the guess.
+        copied_blocks: blocks it shares and is about to write to.
+        forked_from: the request of this step whose last token's logits it samples from, computing nothing itself.
     """
 
     request_id: str
@@ -49,16 +65,20 @@ class ScheduledRow:
     num_tokens: int
     new_block_ids: list[int]
     samples: bool
+    token_ids: tuple[int, ...] = ()
+    num_drafts: int = 0
+    copied_blocks: tuple[BlockCopy, ...] = ()
+    forked_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One step's work. Order of effect: leave, enter, rows.
+    """One step's work. Order of effect: leave, enter, copy blocks, compute rows.
 
     Attributes:
         leaving: request ids whose rows the runner forgets (ended, aborted, preempted).
         entering: requests that are new to the runner.
-        rows: what is computed; empty when the step only carries news.
+        rows: what is computed; empty when the step only carries news. A fork comes after the row it is forked from.
     """
 
     step_id: int
@@ -73,10 +93,21 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """Sampled tokens of one step, for the rows with `samples`, by request id."""
+    """What a step gave, by request id.
+
+    Attributes:
+        token_ids: of the rows that sample: one token; with drafts, those accepted and one more.
+        logprobs: one for each of these tokens, of requests whose params ask for logprobs.
+        prompt_logprobs: of requests whose params ask for them, one for each prompt token whose predecessor was
+            computed in this step, in order.
+        draft_token_ids: a proposer's guesses of what comes next.
+    """
 
     step_id: int
     token_ids: dict[str, list[int]]
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    draft_token_ids: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -61,7 +61,8 @@ class Manifest:
         max_model_len: tokens, prompt and output.
         attention_need: what the attention backends were chosen for.
         components: the chosen component of each socket: "checkpoint", "model", "quantization", "attention.prefill",
-            "attention.decode" (often the same), "scheduler", "executor".
+            "attention.decode" (often the same), "scheduler", "executor", and "proposer" when one was asked for.
+        logits_rules: those that apply, in the order they do.
     """
 
     model_path: str
@@ -71,3 +72,4 @@ class Manifest:
     config: EngineConfig
     attention_need: AttentionNeed
     components: Mapping[str, ChosenComponent]
+    logits_rules: tuple[ChosenComponent, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NoReturn
@@ -60,6 +60,22 @@ class Choice:
             raise self.error
         assert self.component is not None
         return self.component
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """What came of choosing any number of one kind; as Choice."""
+
+    kind: str
+    candidates: tuple[Candidate, ...]
+    components: tuple[ChosenComponent, ...] = ()
+    error: OctavoError | None = None
+
+    def get(self) -> tuple[ChosenComponent, ...]:
+        """The components; raises the error that says why one that was named cannot be had."""
+        if self.error is not None:
+            raise self.error
+        return self.components
 
 
 class Registry:
@@ -126,6 +142,31 @@ class Registry:
             return Choice(kind=kind, candidates=tuple(asked), error=error)
         marked = tuple(replace(one, chosen=one is taken) for one in asked)
         return Choice(kind=kind, candidates=marked, component=component)
+
+    def choose_several(
+        self,
+        kind: str,
+        need: Need,
+        is_default: Callable[[Spec], bool],
+        wishes: Sequence[tuple[str, Mapping[str, object]]],
+    ) -> Choices:
+        """Ask every candidate and take those that serve by default, then those named; or keep the first error.
+
+        Args:
+            wishes: names with options, in the order they are to be taken; one taken by default may be named too.
+        """
+        asked = self.ask(kind, need)
+        try:
+            named = [(self._named(kind, asked, name), options) for name, options in wishes]
+            defaults: list[tuple[Candidate, Mapping[str, object]]] = [
+                (one, {}) for one in asked if is_default(one.spec) and not one.reasons
+            ]
+            taken = [pair for pair in defaults if not any(pair[0] is one for one, _ in named)] + named
+            components = tuple(self.component(one, options) for one, options in taken)
+        except OctavoError as error:
+            return Choices(kind=kind, candidates=tuple(asked), error=error)
+        marked = tuple(replace(one, chosen=any(one is other for other, _ in taken)) for one in asked)
+        return Choices(kind=kind, candidates=marked, components=components)
 
     def select(
         self, kind: str, need: Need, name: str = "auto", options: Mapping[str, object] | None = None

@@ -153,7 +153,9 @@ class Spec:
     def _name_faults(self) -> list[str]:
         if not isinstance(self.name, str) or not re.fullmatch(r"[^\s/]+", self.name):
             return ["name must be a word without spaces and without '/', which parts plugin and component"]
-        return ["'auto' is not a name: it asks the core to choose"] if self.name == "auto" else []
+        return (
+            [f"{self.name!r} is not a name: it tells the core what to choose"] if self.name in ("auto", "none") else []
+        )
 
     def _target_faults(self) -> list[str]:
         return [
@@ -289,6 +291,24 @@ class ExecutorSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LogitsRuleSpec(Spec):
+    """An `octavo.interfaces.LogitsRule`. Of all that serve, those apply that a configuration names, and the always."""
+
+    kind: ClassVar[str] = "logits_rule"
+    noun: ClassVar[str] = "logits rule"
+
+    always: bool = False  # applies without being named; it costs nothing where no request asks for it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProposerSpec(Spec):
+    """An `octavo.interfaces.Proposer`, for speculative decoding."""
+
+    kind: ClassVar[str] = "proposer"
+    noun: ClassVar[str] = "proposer"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommandSpec(Spec):
     """A sub-command of `octavo`; the target is a module with `add_arguments(parser)` and `run(args) -> int`."""
 
@@ -305,6 +325,8 @@ SPEC_KINDS: dict[str, type[Spec]] = {
         CheckpointSpec,
         SchedulerSpec,
         ExecutorSpec,
+        LogitsRuleSpec,
+        ProposerSpec,
         CommandSpec,
     )
 }

@@ -22,24 +22,26 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> Tensor:
     """Draw one token for each row.
 
     Greedy rows take the arg-max. The others take arg-max(logits / temperature + Gumbel noise) over the tokens
-    that top-k and top-p leave, which is a draw from the softmax (the Gumbel-max trick). The noise is a hash of
+    that min-p, top-k and top-p leave, which is a draw from the softmax (the Gumbel-max trick). The noise is a hash of
     (seed, sample index, position, token id): the same request draws the same on every device and in any batch.
 
     Args:
-        logits: [num_samples, vocab_size], any float dtype; may be changed.
+        logits: [num_samples, vocab_size], any float dtype, after the logits rules.
 
     Returns:
         [num_samples] int64.
 
     Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030.
     """
-    for row, token_ids in inputs.banned:
-        logits[row, list(token_ids)] = float("-inf")
     greedy = _argmax(logits)
     if inputs.all_greedy:
         return greedy
     is_greedy = inputs.temperature == 0
     scores = logits.float() / inputs.temperature.clamp(min=_MIN_TEMPERATURE).unsqueeze(1)
+    if inputs.any_min_p:
+        # p < min_p * max p is score < max score + log(min_p); where min_p is 0, below -inf: never.
+        lowest = scores.amax(dim=-1, keepdim=True) + inputs.min_p.log().unsqueeze(1)
+        scores.masked_fill_(scores < lowest, float("-inf"))
     if inputs.any_top_k or inputs.any_top_p:
         _keep_top(scores, inputs)
     scores += gumbel_noise(inputs, scores.shape[1])

@@ -11,6 +11,7 @@ import torch
 from octavo.interfaces.attention import BatchLimits
 from octavo.interfaces.checkpoint import Checkpoint
 from octavo.interfaces.executor import ExecutorReport, Step, StepOutput
+from octavo.interfaces.logits_rule import RuleLimits
 from octavo.interfaces.manifest import Manifest
 from octavo.interfaces.model import ModelArchitecture
 from octavo.interfaces.quantization import QuantizationMethod
@@ -48,6 +49,9 @@ class Worker:
             num_blocks = num_kv_blocks(engine, manifest.max_model_len, budget, bytes_per_block)
             check_num_kv_blocks(engine, num_blocks, budget, bytes_per_block)
             kv_caches = [layout.allocate(num_blocks, manifest.device) for _ in range(config.num_layers)]
+        rule_limits = RuleLimits(
+            max_num_requests=engine.max_num_seqs, vocab_size=config.vocab_size, device=manifest.device
+        )
         self._runner = ModelRunner(
             model,
             rotary,
@@ -60,6 +64,9 @@ class Worker:
                 block_size=engine.block_size,
                 device=manifest.device,
             ),
+            rules=[rule.build(rule_limits) for rule in manifest.logits_rules],
+            proposer=chosen["proposer"].build(manifest) if "proposer" in chosen else None,
+            num_drafts=engine.num_speculative_tokens,
         )
         self.report = ExecutorReport(
             num_blocks=num_blocks,

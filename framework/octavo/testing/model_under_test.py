@@ -44,24 +44,27 @@ class ModelUnderTest:
         tensors: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
         num_ranks: int = 1,
+        max_model_len: int = _MAX_MODEL_LEN,
     ) -> None:
         """Build and load it.
 
         Args:
             tensors: None builds it only, to see what it asks for; no memory is taken, so real sizes are welcome.
             num_ranks: of several tensor-parallel ranks it is the first, which has the first part of every projection.
+            max_model_len: at most 128; some rotations and windows go by it.
         """
         self.config = ModelConfig.from_dict(config, {})
         attention = _builtin("attention", "torch")
-        self._attention = build_attention(attention, attention, _attention_need(self.config, dtype, num_ranks))
+        need = _attention_need(self.config, dtype, num_ranks, max_model_len)
+        self._attention = build_attention(attention, attention, need)
         loader = WeightLoader()
         method = _builtin("quantization", "unquantized").build({}, dtype, "cpu")
         factory = DeviceLayerFactory(method, self._attention, loader)
         self.asked = RecordingFactory(factory, loader, num_ranks)
         self.model = make(self.config, self.asked)
-        self._rotary = factory.rotary_tables(_MAX_MODEL_LEN)
+        self._rotary = factory.rotary_tables(max_model_len)
         if tensors is not None:
-            loader.load(tensors.items())
+            loader.load(tensors.items(), self.model.ignored_names())
 
     @torch.no_grad()
     def logits(
@@ -298,7 +301,7 @@ def _builtin(kind: str, name: str) -> ChosenComponent:
     return registry.component(registry.find(kind, f"builtin/{name}"), {})
 
 
-def _attention_need(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> AttentionNeed:
+def _attention_need(config: ModelConfig, dtype: torch.dtype, num_ranks: int, max_model_len: int) -> AttentionNeed:
     return AttentionNeed(
         device="cpu",
         dtype=str(dtype).removeprefix("torch."),
@@ -306,7 +309,7 @@ def _attention_need(config: ModelConfig, dtype: torch.dtype, num_ranks: int) -> 
         num_kv_heads=config.num_kv_heads // num_ranks,
         head_dim=config.head_dim,
         block_size=_BLOCK_SIZE,
-        features=config.attention_features(_MAX_MODEL_LEN),
+        features=config.attention_features(max_model_len),
         sliding_window=config.sliding_window,
         logit_softcap=config.attn_logit_softcapping,
     )

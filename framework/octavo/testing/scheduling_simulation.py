@@ -36,9 +36,9 @@ def next_state(state: int, token_id: int) -> int:
     return (state * 1_000_003 + token_id + 7) % (2**61 - 1)
 
 
-def sample(state: int) -> int:
-    """The token the fake model continues with."""
-    return state // 1009 % VOCABULARY
+def sample(state: int, sample_index: int = 0) -> int:
+    """The token the fake model continues with, another for each completion of a prompt."""
+    return (state // 1009 + sample_index) % VOCABULARY
 
 
 def tokens_alone(request: Request) -> tuple[list[int], str]:
@@ -48,7 +48,7 @@ def tokens_alone(request: Request) -> tuple[list[int], str]:
         state = next_state(state, token_id)
     token_ids: list[int] = []
     while True:
-        token_ids.append(sample(state))
+        token_ids.append(sample(state, request.sample_index))
         state = next_state(state, token_ids[-1])
         ends = request.stop_token_ids | request.eos_token_ids
         if token_ids[-1] in ends and len(token_ids) > request.params.min_tokens:
@@ -61,6 +61,7 @@ class FakeRow:
     """One request in the fake runner: its tokens, the runner's own samples included, and its block table."""
 
     def __init__(self, new_row: NewRow, salt: bytes) -> None:
+        self.sample_index = new_row.sample_index
         self.token_ids = list(new_row.token_ids)
         self.states = [initial_state(salt)]
         self.block_table: list[int] = []
@@ -72,6 +73,11 @@ class FakeRow:
             self.states.append(next_state(self.states[-1], self.token_ids[len(self.states) - 1]))
         return self.states[position + 1]
 
+    def replace_from(self, position: int, token_ids: Sequence[int]) -> None:
+        """Let its tokens from `position` on be these."""
+        self.token_ids[position:] = token_ids
+        del self.states[position + 1 :]
+
 
 class FakeExecutor:
     """Runs steps when they are submitted, as a device's queue does: every row writes, then every row reads.
@@ -79,10 +85,12 @@ class FakeExecutor:
     Attributes:
         salts: by request id, told before its first step: the model's answers depend on it.
         slots: (position, state) written last to each token slot of the KV cache.
+        max_drafts: it guesses up to so many tokens to follow each sample, some of them wrong.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_drafts: int = 0) -> None:
         self.block_size = block_size
+        self.max_drafts = max_drafts
         self.rows: dict[str, FakeRow] = {}
         self.salts: dict[str, bytes] = {}
         self.slots: list[tuple[int, int] | None] = [None] * (num_blocks * block_size)
@@ -94,13 +102,25 @@ class FakeExecutor:
         for new_row in step.entering:
             assert new_row.request_id not in self.rows
             self.rows[new_row.request_id] = FakeRow(new_row, self.salts[new_row.request_id])
+        self._copy_blocks(step)
         written: set[int] = set()
         for scheduled in step.rows:
             self._write(scheduled, written)
+        token_ids = {scheduled.request_id: self._read(scheduled) for scheduled in step.rows if scheduled.samples}
         return StepOutput(
             step_id=step.step_id,
-            token_ids={scheduled.request_id: [self._read(scheduled)] for scheduled in step.rows if scheduled.samples},
+            token_ids=token_ids,
+            draft_token_ids={request_id: self._guess(request_id) for request_id in token_ids},
         )
+
+    def _copy_blocks(self, step: Step) -> None:
+        """All are read before any is written: a block may be a source here and be given away in the same step."""
+        size = self.block_size
+        copies = [copy for scheduled in step.rows for copy in scheduled.copied_blocks]
+        contents = [self.slots[copy.source * size : (copy.source + 1) * size] for copy in copies]
+        assert len({copy.target for copy in copies}) == len(copies), "two blocks are copied to one"
+        for copy, content in zip(copies, contents, strict=True):
+            self.slots[copy.target * size : (copy.target + 1) * size] = content
 
     def _slot(self, row: FakeRow, position: int) -> int:
         return row.block_table[position // self.block_size] * self.block_size + position % self.block_size
@@ -108,28 +128,49 @@ class FakeExecutor:
     def _write(self, scheduled: ScheduledRow, written: set[int]) -> None:
         row = self.rows[scheduled.request_id]
         row.block_table += scheduled.new_block_ids
+        for copy in scheduled.copied_blocks:
+            row.block_table[copy.index] = copy.target
         start, end = scheduled.num_computed_tokens, scheduled.num_computed_tokens + scheduled.num_tokens
         assert row.next_position in (None, start), "a request's positions follow each other"
         row.next_position = end
-        assert scheduled.num_tokens >= 1
+        assert (scheduled.num_tokens == 0) == (scheduled.forked_from is not None)
+        if scheduled.token_ids:
+            row.replace_from(end - len(scheduled.token_ids), scheduled.token_ids)
         assert end <= len(row.token_ids), "a token was scheduled before the step that samples it"
         assert scheduled.samples == (end == len(row.token_ids))
-        assert len(row.block_table) == -(-end // self.block_size), "blocks are allocated only for what is scheduled"
+        num_blocks = -(-end // self.block_size)
+        most = -(-(end + self.max_drafts) // self.block_size)  # those of drafts that were wrong are kept
+        assert num_blocks <= len(row.block_table) <= most, "blocks are allocated only for what is scheduled"
         for position in range(start, end):
             slot = self._slot(row, position)
             assert slot not in written, "two rows write one slot"
             written.add(slot)
             self.slots[slot] = (position, row.state_after(position))
 
-    def _read(self, scheduled: ScheduledRow) -> int:
+    def _read(self, scheduled: ScheduledRow) -> list[int]:
+        """Sample after the last token, and before that as long as the drafts were right."""
         row = self.rows[scheduled.request_id]
-        for position in range(scheduled.num_computed_tokens + scheduled.num_tokens):
+        end = scheduled.num_computed_tokens + scheduled.num_tokens
+        for position in range(end):
             assert self.slots[self._slot(row, position)] == (position, row.state_after(position)), (
                 f"{scheduled.request_id} reads another request's keys at position {position}"
             )
-        token_id = sample(row.state_after(position))
-        row.token_ids.append(token_id)
-        return token_id
+        first = end - scheduled.num_drafts
+        sampled: list[int] = []
+        while not sampled or (first + len(sampled) <= end and row.token_ids[first + len(sampled) - 1] == sampled[-1]):
+            sampled.append(sample(row.state_after(first + len(sampled) - 1), row.sample_index))
+        row.replace_from(first, sampled)
+        row.next_position = first + len(sampled) - 1
+        return sampled
+
+    def _guess(self, request_id: str) -> list[int]:
+        """The next tokens, of which every third or so is wrong."""
+        row = self.rows[request_id]
+        state, drafts = row.state_after(len(row.token_ids) - 1), []
+        for _ in range(state % (self.max_drafts + 1)):
+            drafts.append((sample(state, row.sample_index) + (state % 3 == 0)) % VOCABULARY)
+            state = next_state(state, drafts[-1])
+        return drafts
 
 
 # ------------------------------------------------------------------------------------------------ the simulation
@@ -164,6 +205,7 @@ class Simulation:
         max_num_batched_tokens: int = 16,
         depth: int = 1,
         enable_prefix_caching: bool = True,
+        max_drafts: int = 0,
         seconds_per_step: float = 1.0,
         seen: Counter[str] | None = None,
         scheduler_class: type[Scheduler] = Scheduler,
@@ -180,7 +222,7 @@ class Simulation:
             max_num_batched_tokens=max_num_batched_tokens,
             clock=lambda: self.now,
         )
-        self.executor = FakeExecutor(num_blocks, block_size)
+        self.executor = FakeExecutor(num_blocks, block_size, max_drafts)
         self.alive: dict[str, Request] = {}
         self.finished: dict[str, Request] = {}
         self.in_flight: deque[StepInFlight] = deque()
@@ -193,11 +235,12 @@ class Simulation:
         return self.pool.num_blocks * self.pool.block_size + 1
 
     def add(self, request: Request) -> None:
-        """Queue a request that the scheduler must take."""
+        """Queue a request, with its siblings, that the scheduler must take."""
         self.scheduler.add(request)
-        self.executor.salts[request.request_id] = request.cache_salt
-        self.finished.pop(request.request_id, None)
-        self.alive[request.request_id] = request
+        for member in (request, *request.siblings):
+            self.executor.salts[member.request_id] = member.cache_salt
+            self.finished.pop(member.request_id, None)
+            self.alive[member.request_id] = member
 
     def abort(self, request_id: str, finish_reason: Literal["abort", "stop"] = "abort") -> Request:
         """End a request that is alive; its tokens so far must be right."""
@@ -235,6 +278,10 @@ class Simulation:
             block_tables.append(list(table))
         for new_row in step.entering:
             self.seen["hit"] += self.alive[new_row.request_id].num_computed_tokens > 0
+        for row in step.rows:
+            self.seen["forked"] += row.forked_from is not None
+            self.seen["copied"] += len(row.copied_blocks)
+            self.seen["verified"] += row.num_drafts
         self.in_flight.append(StepInFlight(step=step, output=output, block_tables=block_tables))
         return step
 
@@ -245,7 +292,8 @@ class Simulation:
         for update in updates:
             request = update.request
             assert self.alive[request.request_id] is request
-            assert request.output_token_ids[-1:] == update.new_token_ids
+            assert request.output_token_ids[-len(update.new_token_ids) :] == update.new_token_ids
+            self.seen["accepted"] += len(update.new_token_ids) - 1
             if request.finished:
                 self.finished[request.request_id] = self.alive.pop(request.request_id)
                 _check_result(request)
