@@ -1,4 +1,4 @@
-"""Llama, Mistral and SmolLM3 against transformers: the same logits and greedy tokens, for tiny checkpoints of each kind."""
+"""Llama, Mistral and SmolLM3 against transformers: equal logits and greedy tokens, from tiny checkpoints of each kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from octavo import LLM
 from octavo.builtin.hf_checkpoint import HuggingFaceCheckpoint
 from octavo.builtin.llama import Llama
 from octavo.config import EngineConfig
-from octavo.errors import CheckpointError
+from octavo.errors import CheckpointError, ConfigError
 from octavo.plugins.specs import AttentionSpec
 from octavo.selection import select
 from octavo.testing.model_under_test import ModelUnderTest
@@ -68,12 +68,7 @@ KINDS = {
     ),
     "linear": llama_of("linear", factor=3.0),
     "yarn": llama_of("yarn", factor=4.0, original_max_position_embeddings=32),
-    "dynamic, not longer than trained": llama_of("dynamic", factor=4.0),
-    "dynamic, as long as can be": replace(
-        llama(rope_parameters={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=32),
-        max_model_len=60,
-        prompt_lengths=(),
-    ),
+    "dynamic": llama_of("dynamic", factor=4.0),
     "longrope, long": replace(
         llama_of("longrope", **FACTORS, original_max_position_embeddings=32), prompt_lengths=(33, 50, 90)
     ),
@@ -170,6 +165,29 @@ def test_greedy_tokens_equal_transformers(
 ) -> None:
     with LLM(str(folder), dtype="float32", max_num_seqs=4, max_model_len=kind.max_model_len, **settings) as llm:
         check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
+
+
+@pytest.mark.parametrize("chunks", [[60], [16, 44], [50, *[1] * 10]], ids=["whole", "chunks", "decode"])
+def test_dynamic_rope_is_that_of_the_longest_context_whatever_the_chunk(tmp_path: Path, chunks: list[int]) -> None:
+    """transformers goes by the text's length, which here is the longest that is admitted."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    write_tiny_llama(tmp_path, rope_parameters=rope, max_position_embeddings=32)
+    (token_ids,) = prompts(60)
+    with torch.inference_mode():
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.tensor([token_ids])).logits[
+            0
+        ]
+    torch.testing.assert_close(logits_of(tmp_path, token_ids, chunks, 60), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits_of(tmp_path, token_ids, chunks, 120), wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_max_model_len_may_be_what_a_scaled_rotation_reaches_and_no_more(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    write_tiny_llama(tmp_path, rope_parameters=rope, max_position_embeddings=32)
+    assert select(EngineConfig(model=str(tmp_path))).max_model_len == 32
+    assert select(EngineConfig(model=str(tmp_path), max_model_len=64)).max_model_len == 64
+    with pytest.raises(ConfigError, match="the model's positions end at 64"):
+        select(EngineConfig(model=str(tmp_path), max_model_len=65))
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -9,21 +9,36 @@ from typing import Any
 
 import pytest
 import torch
-from margin_rule import Reference, check, generate, greedy, next_tokens_of, token_ids_of
+from margin_rule import Reference, check, generate, next_tokens_of, token_ids_of
 from safetensors.torch import load_file, save_file
-from tiny_model import MAX_POSITIONS, SIZES, VOCAB_SIZE, write_tokenizer
+from tiny_model import SIZES, VOCAB_SIZE, write_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from octavo import LLM
-from octavo.errors import CheckpointError, ConfigError
+from octavo.errors import CheckpointError
 from octavo.testing.model_under_test import ModelUnderTest
 from octavo_model_qwen.qwen import Qwen
 
+WINDOW = 12  # of tokens, less than the prompts have
 KINDS: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen2 tied": Qwen2Config(**SIZES | {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "qwen3": Qwen3Config(**SIZES, head_dim=20),
+    "qwen2 with windows in its later layers": Qwen2Config(
+        **SIZES | {"num_hidden_layers": 3}, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen2 with yarn": Qwen2Config(
+        **SIZES,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "qwen3 with windows where it says so": Qwen3Config(
+        **SIZES,
+        head_dim=12,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "qwen3 tied with biases": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True, attention_bias=True),
 }
 
@@ -179,7 +194,7 @@ def test_a_window_that_is_switched_off_is_none() -> None:
         ({"hidden_act": "gelu"}, r"hidden_act is 'gelu'; only 'silu' is computed"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
-            r"layer_types has 'sliding_attention'.*no sliding_window",
+            r"layer_types has 'sliding_attention', and no sliding_window is in use",
         ),
         ({"layer_types": ["full_attention", "linear_attention"]}, r"layer_types has 'linear_attention'"),
     ],
@@ -206,24 +221,26 @@ def changed(tmp_path: Path) -> Callable[..., str]:
     return change
 
 
-def test_a_window_shorter_than_the_context_is_refused(changed: Callable[..., str]) -> None:
-    types = ["full_attention", "sliding_attention"]
-    folder = changed(use_sliding_window=True, sliding_window=64, max_window_layers=1, layer_types=types)
-    with pytest.raises(ConfigError, match="does not support sliding_window"):
-        LLM(folder, dtype="float32")
+@pytest.mark.parametrize("max_window_layers", [1, 0])
+def test_layers_from_max_window_layers_on_have_a_window(changed: Callable[..., str], max_window_layers: int) -> None:
+    folder = changed(use_sliding_window=True, sliding_window=5, max_window_layers=max_window_layers, layer_types=None)
+    listed = ["full_attention"] * max_window_layers + ["sliding_attention"] * (2 - max_window_layers)
+    by_number, by_list = (
+        ModelUnderTest(
+            Qwen,
+            json.loads(Path(folder, "config.json").read_text()) | changes,
+            load_file(f"{folder}/model.safetensors"),
+        )
+        for changes in ({}, {"layer_types": listed, "max_window_layers": 28})
+    )
+    (token_ids,) = prompts(20)
+    assert torch.equal(by_number.logits([token_ids])[0], by_list.logits([token_ids])[0])
 
 
-def test_a_window_as_long_as_the_context_changes_nothing(changed: Callable[..., str]) -> None:
-    types = ["full_attention", "sliding_attention"]
-    folder = changed(use_sliding_window=True, sliding_window=MAX_POSITIONS, max_window_layers=1, layer_types=types)
-    with LLM(folder, dtype="float32") as llm:
-        assert len(llm.generate([[5, 6, 7]], greedy(3))[0].outputs[0].token_ids) == 3
-
-
-def test_yarn_is_refused_rather_than_left_out(changed: Callable[..., str]) -> None:
-    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
-    with pytest.raises(CheckpointError, match="rope type 'yarn' is not supported"):
-        LLM(changed(rope_parameters=yarn), dtype="float32")
+def test_a_window_of_no_layer_is_not_asked_of_the_attention_backend() -> None:
+    raw = QWEN2_5_0_5B | {"use_sliding_window": True, "sliding_window": 64}
+    assert built(raw | {"max_window_layers": 24}).config.attention_features(128) == frozenset()
+    assert built(raw | {"max_window_layers": 23}).config.attention_features(128) == {"sliding_window"}
 
 
 def test_a_checkpoint_without_a_bias_is_refused_by_its_name(changed: Callable[..., str]) -> None:

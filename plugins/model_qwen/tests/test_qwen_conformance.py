@@ -53,5 +53,9 @@ class TestQwen3(ModelSuite):
         return logits_of(Qwen3ForCausalLM(Qwen3Config(**self.config)), tensors, token_ids)
 
 
+class TestQwen2WithWindows(TestQwen2):
+    config = TestQwen2.config | {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+
+
 class TestQwen3WithATiedHeadAndBiases(TestQwen3):
     config = TestQwen3.config | {"tie_word_embeddings": True, "attention_bias": True, "rms_norm_eps": 1e-3}
