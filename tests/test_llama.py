@@ -1,4 +1,4 @@
-"""Llama, Mistral and SmolLM3 against transformers: equal logits and greedy tokens, from tiny checkpoints of each kind."""
+"""Llama, Mistral and SmolLM3 against transformers: equal logits and greedy tokens of tiny random checkpoints."""
 
 from __future__ import annotations
 
