@@ -112,9 +112,13 @@ def plant(framework: Path, file: str, old: str, new: str) -> tuple[list[str], li
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("interfaces/attention.py", "state: object, scale: float", "state: object, factor: float"),
-        ("interfaces/attention.py", "state: object, scale: float", "state: object, scale: int"),
-        ("interfaces/attention.py", "state: object, scale: float", "state: object, scale: float, mask: Tensor"),
+        ("interfaces/attention.py", "        parameters: AttentionParameters,", "        layer: AttentionParameters,"),
+        ("interfaces/attention.py", "        parameters: AttentionParameters,", "        parameters: float,"),
+        (
+            "interfaces/attention.py",
+            "        parameters: AttentionParameters,",
+            "        parameters: AttentionParameters, mask: Tensor,",
+        ),
         ("interfaces/attention.py", "PAD_SLOT = -1", "PAD_SLOT = -2"),
         ("interfaces/attention.py", "max_num_requests: int\n", "max_num_requests: int\n    extra: int\n"),
         ("interfaces/attention.py", "kv_layout(self) -> KVLayout", "kv_layout(self) -> tuple[KVLayout, ...]"),
@@ -127,7 +131,7 @@ def plant(framework: Path, file: str, old: str, new: str) -> tuple[list[str], li
             "    def ignored_names",
             "    @abstractmethod\n    def more(self) -> int: ...\n\n    def ignored_names",
         ),
-        ("interfaces/__init__.py", '"KVLayout")', ")"),
+        ("interfaces/__init__.py", '        "KVLayout",\n', ""),
         ("plugins/specs.py", "    head_sizes: tuple[int, ...] = ()  # empty: any\n", ""),
         ("plugins/specs.py", 'summary: str = ""', "summary: str"),
         ("plugins/hookspecs.py", "def octavo_components(self)", "def octavo_components(self, core: object)"),
@@ -151,7 +155,11 @@ def test_change_that_breaks_plugins_is_told_from_one_that_does_not(
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("interfaces/attention.py", "state: object, scale: float", "state: object, scale: float, cap: float = 0.0"),
+        (
+            "interfaces/attention.py",
+            "        parameters: AttentionParameters,",
+            "        parameters: AttentionParameters, cap: float = 0.0,",
+        ),
         (
             "interfaces/scheduling.py",
             "    def metrics",
