@@ -157,7 +157,9 @@ class TorchAttention(AttentionBackend):
         device = layout.seq_lens.device
         members = members.to(device)
         seq_lens = layout.seq_lens[members].unsqueeze(1)
-        positions = torch.arange(padded_len, device=device) + (seq_lens - window).clamp(min=0)
+        positions = torch.arange(padded_len, device=device)
+        if window < layout.max_seq_len:  # then each request's window begins elsewhere
+            positions = positions + (seq_lens - window).clamp(min=0)
         written = positions < seq_lens
         slots = _slots(layout.block_table[members], positions, layout.block_size)
         return _DecodeGroup(
@@ -198,7 +200,7 @@ class TorchAttention(AttentionBackend):
         seen = torch.arange(max(seq_len - num_tokens - window + 1, 0), seq_len, device=device)
         slots = None
         if seq_len > num_tokens:
-            slots = _slots(layout.block_table[index : index + 1], seen.unsqueeze(0), layout.block_size).flatten()
+            slots = _slots(layout.block_table[index : index + 1], seen, layout.block_size).flatten()
         hidden = (seen > positions) | (seen <= positions - window)
         return _Prefill(start=start, end=end, slots=slots, bias=self._bias(hidden))
 
@@ -254,8 +256,13 @@ def _write(cache: Tensor, new: Tensor, state: _State) -> None:
 
 
 def _slots(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """block_table [requests, max_num_blocks], positions [requests, any number] -> their cache slots, int64."""
-    return block_table.gather(1, positions // block_size).long() * block_size + positions % block_size
+    """block_table [requests, max_num_blocks] -> cache slots [requests, num_positions] int64.
+
+    positions: [num_positions], those of every request, or [requests, num_positions].
+    """
+    columns = positions // block_size
+    blocks = block_table[:, columns] if columns.ndim == 1 else block_table.gather(1, columns)
+    return blocks.long() * block_size + positions % block_size
 
 
 def _decode_groups(layout: BatchLayout, window: int) -> Iterator[Tensor]:
