@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.builtin.torch_attention import TorchAttention
 from octavo.interfaces import PAD_SLOT, AttentionParameters, BatchLayout, BatchLimits, KVCache
@@ -42,10 +44,10 @@ class Scene:
     wanted_output: Tensor
     wanted_cache: KVCache
 
-    def run(self, state: object | None = None) -> Tensor:
+    def run(self, state: object | None = None, logit_softcap: float | None = None) -> Tensor:
         state = self.backend.make_state(limits(self.layout)) if state is None else state
         self.backend.plan(self.layout, state)
-        parameters = AttentionParameters(scale=SCALE)
+        parameters = AttentionParameters(scale=SCALE, logit_softcap=logit_softcap)
         return self.backend.forward(self.query, self.key, self.value, self.cache, state, parameters)
 
     def padded(self, *tokens: int) -> Scene:
@@ -202,6 +204,57 @@ def test_a_state_carries_nothing_from_one_step_to_the_next() -> None:
     state = before.backend.make_state(limits(before.layout))
     before.padded(-1).run(state)
     check(after, after.run(state))
+
+
+class Reads(TorchDispatchMode):
+    """Records the operators that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_planning_does_not_wait_for_the_device(window: int | None) -> None:
+    step = scene(LENGTHS["everything in one step"])
+    features = frozenset({"prefill", "decode", *(() if window is None else ("sliding_window",))})
+    backend = TorchAttention(replace(step.backend.need, features=features, sliding_window=window))
+    with Reads() as reads:
+        backend.plan(step.layout, backend.make_state(limits(step.layout)))
+    assert reads.found == []
+    with Reads() as reads:
+        assert not (step.layout.slot_mapping < 0).any()
+    assert reads.found == ["aten._local_scalar_dense.default"]
+
+
+def test_a_window_is_all_that_is_gathered() -> None:
+    step = scene(DECODES + CHUNKS)
+    backend = TorchAttention(replace(step.backend.need, features=frozenset({"sliding_window"}), sliding_window=20))
+    state = backend.make_state(limits(step.layout))
+    backend.plan(step.layout, state)
+    assert max(group.bias.shape[-1] for group in state.windowed.decodes) == 20
+    assert [prefill.bias.shape for prefill in state.windowed.prefills] == [(3, 8), (16, 35), (33, 52), (2, 21)]
+    assert max(group.bias.shape[-1] for group in state.whole.decodes) == 201
+
+
+def test_a_step_within_the_window_is_planned_once() -> None:
+    step = scene(DECODES)
+    backend = TorchAttention(replace(step.backend.need, features=frozenset({"sliding_window"}), sliding_window=201))
+    state = backend.make_state(limits(step.layout))
+    backend.plan(step.layout, state)
+    assert state.windowed is state.whole
+
+
+def test_capped_queries_some_at_a_time_equal_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = scene(LENGTHS["everything in one step"], heads=(6, 2))
+    at_once = step.run(logit_softcap=2.0)
+    monkeypatch.setattr("octavo.builtin.torch_attention._CAPPED_QUERIES", 7)
+    torch.testing.assert_close(step.run(logit_softcap=2.0), at_once, rtol=0, atol=1e-5)
 
 
 def test_the_layout_counts_both_buffers() -> None:
