@@ -87,6 +87,17 @@ class Engine:
         """End a request now, wherever it is; an unknown or ended one is no error."""
         self.scheduler.abort(request_id, finish_reason)
 
+    def fork(self, origin_id: str, request: Request) -> None:
+        """Add a request that begins with all the tokens of another, on the same blocks; `extend` both before a step."""
+        self._check()
+        self.scheduler.fork(origin_id, request)
+
+    def extend(self, request_id: str, token_id: int) -> None:
+        """Give a request whose tokens are chosen outside its next one, after the step that gave its logprobs."""
+        self._check()
+        self.scheduler.extend(request_id, token_id)
+        self._num_output_tokens += 1
+
     def step(self) -> list[EngineOutput]:
         """Submit as many steps as may be in flight, collect the oldest, return what it gave."""
         with self._guard():
@@ -116,11 +127,15 @@ class Engine:
             busy_seconds=self._busy_seconds,
             num_output_tokens=self._num_output_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_drafts=scheduler.num_drafts,
+            num_accepted_drafts=scheduler.num_accepted_drafts,
             num_blocks=scheduler.block_pool.num_blocks,
             block_size=scheduler.block_pool.block_size,
             kv_usage=scheduler.kv_usage,
             kv_usage_peak=self._kv_usage_peak,
             kv_waste=scheduler.kv_waste,
+            num_prefix_cache_queries=scheduler.num_prefix_cache_queries,
+            num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
             policy_metrics=dict(scheduler.policy.metrics()),
         )
 

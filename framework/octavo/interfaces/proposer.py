@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from octavo.interfaces.manifest import Manifest
+from octavo.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,21 +26,43 @@ class Continuation:
         token_ids: [num_tokens] int64 on the host: every token so far, the one just sampled included. Read only, and
             good during the call.
         max_drafts: guess at most this many, >= 1.
+        params, seed, sample_index: what its next tokens will be drawn with. The noise of a draw is known beforehand,
+            so whoever has nearly the right probabilities and draws with the same noise nearly always draws the same.
     """
 
     request_id: str
     token_ids: np.ndarray[Any, np.dtype[np.int64]]
     max_drafts: int
+    params: SamplingParams
+    seed: int
+    sample_index: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProposerContext:
+    """What a proposer is constructed with.
+
+    Attributes:
+        manifest: what is built in this process.
+        vocab_size: of the model it guesses for.
+    """
+
+    manifest: Manifest
+    vocab_size: int
 
 
 class Proposer(ABC):
-    """Constructed once, in the process that runs the model, with the manifest of what is built there."""
+    """Constructed once, in the process that runs the model.
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+    One that raises, or returns what is no guess, is put aside for good: the error is logged, and the engine goes on
+    without guesses. It must never keep requests from being served.
+    """
+
+    def __init__(self, context: ProposerContext) -> None:
+        self.context = context
 
     @abstractmethod
-    def propose(self, continuations: Sequence[Continuation]) -> list[list[int]]:
+    def propose(self, continuations: Sequence[Continuation]) -> Sequence[Sequence[int]]:
         """For each request the tokens guessed to come next, at most `max_drafts`; an empty list guesses nothing."""
 
     def forget(self, request_id: str) -> None:

@@ -74,6 +74,11 @@ KNOWN_PACKAGES = (
         serves=frozenset({"*"}),
     ),
     KnownPackage(
+        distribution="octavo-proposer-ngram",
+        kind="proposer",
+        names=frozenset({"ngram"}),
+    ),
+    KnownPackage(
         distribution="octavo-scheduler-fair",
         kind="scheduler",
         names=frozenset({"priority", "fair"}),

@@ -11,10 +11,10 @@ from octavo.interfaces.attention import AttentionBackend, BatchLimits, KVCache
 from octavo.interfaces.executor import BlockCopy, Step, StepOutput
 from octavo.interfaces.logits_rule import LogitsRule
 from octavo.interfaces.model import ForwardContext, ModelArchitecture
-from octavo.interfaces.proposer import Continuation, Proposer
 from octavo.nn.rotary import RotaryTable
 from octavo.outputs import TokenLogprobs
 from octavo.runner.batch import PersistentBatch, PromptTargets, Samples, StepInputs
+from octavo.runner.drafting import Drafter
 from octavo.runner.logprobs import chunks, token_logprobs
 from octavo.runner.rules import RuleSet
 from octavo.runner.sampler import sample
@@ -31,8 +31,7 @@ class ModelRunner:
         kv_caches: Sequence[KVCache],
         limits: BatchLimits,
         rules: Sequence[LogitsRule] = (),
-        proposer: Proposer | None = None,
-        num_drafts: int = 0,
+        drafter: Drafter | None = None,
     ) -> None:
         self._model = model
         self._rotary = rotary
@@ -42,19 +41,20 @@ class ModelRunner:
         self._limits = limits
         self._batch = PersistentBatch(limits)
         self._rules = RuleSet(rules)
-        self._proposer = proposer
-        self._num_drafts = num_drafts
+        self._drafter = drafter
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepOutput:
         """Compute every row of `step` and sample those that ask for it."""
         for request_id in step.leaving:
             self._rules.leave(request_id)
-            if self._proposer is not None:
-                self._proposer.forget(request_id)
+            if self._drafter is not None:
+                self._drafter.leave(request_id)
         self._batch.update(step)
         for new in step.entering:
             self._rules.enter(self._batch.row_of(new.request_id), new)
+            if self._drafter is not None:
+                self._drafter.enter(new)
         self._copy_blocks([copy for row in step.rows for copy in row.copied_blocks])
         inputs = self._batch.inputs(step)
         hidden, residual = self._forward(inputs)
@@ -76,7 +76,7 @@ class ModelRunner:
             token_ids=token_ids,
             logprobs=self._logprobs(samples, logits, drawn, token_ids),
             prompt_logprobs=prompt_logprobs,
-            draft_token_ids=self._propose(samples, token_ids),
+            draft_token_ids=self._propose(token_ids),
         )
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
@@ -113,27 +113,18 @@ class ModelRunner:
             logprobs += token_logprobs(logits, token_ids, [targets.num_logprobs] * (rows.stop - rows.start))
         return logprobs
 
-    def _propose(self, samples: Samples, token_ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-        """What the proposer guesses to follow each request's samples; nothing where a rule looks at samples before."""
-        if self._proposer is None:
+    def _propose(self, token_ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
+        """What is guessed to follow each request's samples; nothing where a rule looks at the samples before."""
+        if self._drafter is None:
             return {}
-        continuations = []
-        for request_id in token_ids:
-            row = self._batch.row_of(request_id)
-            if self._rules.looks_back(row):
-                continue
-            known = self._batch.token_ids(row)
-            room = min(self._num_drafts, self._limits.max_model_len - len(known) - 1)
-            if room > 0:
-                continuations.append(Continuation(request_id=request_id, token_ids=known, max_drafts=room))
-        if not continuations:
-            return {}
-        guesses = self._proposer.propose(continuations)
-        return {
-            one.request_id: list(guess[: one.max_drafts])
-            for one, guess in zip(continuations, guesses, strict=True)
-            if guess
-        }
+        rows = {request_id: self._batch.row_of(request_id) for request_id in token_ids}
+        return self._drafter.propose(
+            {
+                request_id: self._batch.token_ids(row)
+                for request_id, row in rows.items()
+                if not self._rules.looks_back(row)
+            }
+        )
 
     def _forward(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """(hidden, residual) of the last layer, [num_tokens, hidden_size] each."""

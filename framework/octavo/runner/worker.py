@@ -14,11 +14,13 @@ from octavo.interfaces.executor import ExecutorReport, Step, StepOutput
 from octavo.interfaces.logits_rule import RuleLimits
 from octavo.interfaces.manifest import Manifest
 from octavo.interfaces.model import ModelArchitecture
+from octavo.interfaces.proposer import ProposerContext
 from octavo.interfaces.quantization import QuantizationMethod
 from octavo.model_config import ModelConfig
 from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
+from octavo.runner.drafting import Drafter
 from octavo.runner.kv_cache import check_num_kv_blocks, device_memory, kv_cache_budget, num_kv_blocks
 from octavo.runner.model_runner import ModelRunner
 
@@ -65,8 +67,15 @@ class Worker:
                 device=manifest.device,
             ),
             rules=[rule.build(rule_limits) for rule in manifest.logits_rules],
-            proposer=chosen["proposer"].build(manifest) if "proposer" in chosen else None,
-            num_drafts=engine.num_speculative_tokens,
+            drafter=None
+            if "proposer" not in chosen
+            else Drafter(
+                chosen["proposer"].build(ProposerContext(manifest=manifest, vocab_size=config.vocab_size)),
+                name=chosen["proposer"].full_name,
+                num_drafts=engine.num_speculative_tokens,
+                vocab_size=config.vocab_size,
+                max_model_len=manifest.max_model_len,
+            ),
         )
         self.report = ExecutorReport(
             num_blocks=num_blocks,
