@@ -27,7 +27,7 @@ MAX_PREEMPTIONS_BY_POLICY = 8
 even "the longest running" as victim makes two requests take turns for ever, each losing its samples in flight."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class RequestUpdate:
     """What one collected step gave a request; `request` is already up to date and may have finished.
 
@@ -72,6 +72,8 @@ class Scheduler:
 
     Attributes:
         num_drafts, num_accepted_drafts: guesses verified and kept, since the start.
+        num_prefix_cache_queries, num_prefix_cache_hits: tokens looked for in the prefix cache and found, since the
+            start, when requests entered for the first time.
     """
 
     def __init__(
@@ -89,6 +91,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_drafts = 0
         self.num_accepted_drafts = 0
+        self.num_prefix_cache_queries = 0
+        self.num_prefix_cache_hits = 0
         self._clock = clock
         self._tell_served = type(policy).served is not SchedulerPolicy.served
         self._requests: dict[str, Request] = {}  # unfinished
@@ -188,7 +192,7 @@ class Scheduler:
         return request
 
     def fork(self, origin_id: str, request: Request) -> None:
-        """Add a request whose tokens begin with all of a running one's: it shares the blocks that hold them.
+        """Add a request that has all the tokens of another and is then extended: it shares the blocks that hold them.
 
         Nothing is computed again, unless the origin was preempted or no place in the batch is free.
         The origin must have no step in flight: its tokens are chosen outside, and its last step was applied.
@@ -201,14 +205,15 @@ class Scheduler:
         if origin.status is RequestStatus.RUNNING and len(self._running) < self.max_num_seqs:
             self._share(origin, request, origin.num_computed_tokens)
             request.num_computed_tokens = origin.num_computed_tokens
-        else:
-            self._waiting.put(request)
 
     def extend(self, request_id: str, token_id: int) -> None:
-        """Give a request whose tokens are chosen outside its next one."""
+        """Give a request whose tokens are chosen outside its next one; it must have been waiting for it."""
         request = self._requests[request_id]
         request.output_token_ids.append(token_id)
-        request.num_unsent_tokens += 1
+        if request.status is RequestStatus.RUNNING:
+            request.num_unsent_tokens += 1
+        else:  # it was preempted before its token was chosen, or is a fork that had no place
+            self._waiting.put(request)
 
     # ------------------------------------------------------------------------------------------------ schedule
 
@@ -317,12 +322,14 @@ class Scheduler:
         plan.num_awaited_blocks.pop(victim.request_id, None)
         plan.preempted = True
         self._running.remove(victim)
+        is_idle = _is_idle(victim)
         self._leave_batch(victim)
         victim.num_computed_tokens = 0
         victim.epoch += 1
         victim.status = RequestStatus.WAITING
         self._num_preemptions += 1
-        self._waiting.put(victim)
+        if not is_idle:  # else there is nothing to compute before it is extended
+            self._waiting.put(victim)
 
     def _admit(self, plan: _Plan) -> None:
         """Admit waiting requests in the policy's order until the first that does not fit."""
@@ -330,13 +337,22 @@ class Scheduler:
         # Whoever enters computes a token, in a block of its own: without one free, the order needs no second look.
         if self.policy.dynamic and plan.budget and len(self._running) < self.max_num_seqs and pool.num_free:
             self._waiting.rank_again(plan.now)
-        while plan.budget and len(self._running) < self.max_num_seqs and (request := self._waiting.first()) is not None:
+        while plan.budget and (request := self._waiting.first()) is not None:
+            if len(self._running) >= self.max_num_seqs:
+                if self._preempt_idle(plan):
+                    continue
+                return
             hits = find_prefix(pool, request)
             num_tokens = request.num_tokens
             # Room for all its known tokens, not only the first chunk: else it would soon be preempted for its own rest.
             if pool.blocks_for(num_tokens) - len(hits) > pool.num_free - pool.num_free_among(hits):
+                if self._preempt_idle(plan):
+                    continue
                 return
             self._waiting.pop()
+            if request.first_scheduled_time is None and request.params.prompt_logprobs is None:
+                self.num_prefix_cache_queries += num_tokens
+                self.num_prefix_cache_hits += len(hits) * pool.block_size
             start = len(hits) * pool.block_size
             end = min(num_tokens, start + plan.budget)
             pool.acquire(hits)
@@ -350,6 +366,18 @@ class Scheduler:
             register_full_blocks(pool, request)
             if request.siblings:
                 self._fork_siblings(request, row, plan)
+
+    def _preempt_idle(self, plan: _Plan) -> bool:
+        """Let a request that awaits a choice give way, when nothing else can go on.
+
+        The choice may be among several requests, of which one still waits for what this one holds.
+        """
+        if plan.rows or self._in_flight:
+            return False
+        idle = next((request for request in reversed(self._running) if _is_idle(request)), None)
+        if idle is not None:
+            self._preempt(idle, plan)
+        return idle is not None
 
     def _start_running(self, request: Request, now: float, num_cached_tokens: int) -> None:
         request.status = RequestStatus.RUNNING
@@ -398,25 +426,28 @@ class Scheduler:
     ) -> ScheduledRow:
         """Let the request compute its tokens from `start` to `end`, of `num_tokens` known, placeholders or drafts."""
         samples = end == num_tokens
-        if samples:
+        if samples and not request.chosen_outside:
             request.num_placeholder_tokens += 1
         request.num_in_flight_tokens += end - start
         plan.budget -= end - start
-        chosen = request.output_token_ids[len(request.output_token_ids) - request.num_unsent_tokens :]
+        token_ids: tuple[int, ...] = ()
+        if request.num_unsent_tokens or num_drafts:
+            chosen = request.output_token_ids[len(request.output_token_ids) - request.num_unsent_tokens :]
+            token_ids = (*chosen, *request.draft_token_ids[:num_drafts])
+            request.num_unsent_tokens = 0
+        request.draft_token_ids = []
         row = ScheduledRow(
             request_id=request.request_id,
             num_computed_tokens=start,
             num_tokens=end - start,
             new_block_ids=request.block_ids[request.num_sent_blocks :],
             samples=samples,
-            token_ids=(*chosen, *request.draft_token_ids[:num_drafts]),
+            token_ids=token_ids,
             num_drafts=num_drafts,
             copied_blocks=copied_blocks,
             forked_from=forked_from,
         )
         request.num_sent_blocks = len(request.block_ids)
-        request.num_unsent_tokens = 0
-        request.draft_token_ids = []
         plan.rows[request.request_id] = (request, request.epoch, row)
         return row
 
@@ -438,7 +469,7 @@ class Scheduler:
                 continue
             request_id = request.request_id
             new_token_ids = output.token_ids.get(request_id, []) if row.samples else []
-            if row.samples and not 1 <= len(new_token_ids) <= row.num_drafts + 1:
+            if row.samples and not 0 < len(new_token_ids) <= row.num_drafts + 1:
                 raise PluginError(
                     f"The executor returned {new_token_ids} for request {request_id!r}, which sampled after "
                     f"{row.num_drafts} drafts: 1 to {row.num_drafts + 1} tokens are wanted."
@@ -452,7 +483,7 @@ class Scheduler:
                 self.num_accepted_drafts += len(new_token_ids) - 1
             if self._tell_served:  # before the samples are kept, which may end the request
                 self._tell_policy(request, row, len(new_token_ids))
-            if prompt_logprobs := output.prompt_logprobs.get(request_id):
+            if output.prompt_logprobs and (prompt_logprobs := output.prompt_logprobs.get(request_id)):
                 known = max(0, len(request.prompt_logprobs) - row.num_computed_tokens)  # of before a preemption
                 request.prompt_logprobs += prompt_logprobs[known:]
             if row.samples:
@@ -463,24 +494,25 @@ class Scheduler:
 
     def _sampled(self, request: Request, new_token_ids: list[int], output: StepOutput) -> RequestUpdate:
         """Keep what a request sampled, up to the token that ends it."""
-        request_id = request.request_id
-        request.num_placeholder_tokens -= 1
-        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
-        kept: list[int] = []
-        if not request.chosen_outside:
-            for token_id in new_token_ids:
-                kept.append(token_id)
-                self._append(request, token_id)
-                if request.finished:
-                    break
-            else:
-                request.draft_token_ids = output.draft_token_ids.get(request_id, [])
-        return RequestUpdate(
-            request=request,
-            new_token_ids=kept,
-            logprobs=output.logprobs.get(request_id, [])[: len(kept) or 1],
-            prompt_logprobs=prompt_logprobs,
-        )
+        kept = new_token_ids
+        if request.chosen_outside:
+            kept = []
+        else:
+            request.num_placeholder_tokens -= 1
+        for index, token_id in enumerate(kept):
+            self._append(request, token_id)
+            if request.status is RequestStatus.FINISHED:
+                kept = kept[: index + 1]
+                break
+        else:
+            if output.draft_token_ids and kept:
+                request.draft_token_ids = output.draft_token_ids.get(request.request_id, [])
+        update = RequestUpdate(request=request, new_token_ids=kept)
+        if output.logprobs:
+            update.logprobs = output.logprobs.get(request.request_id, [])[: len(kept) or 1]
+        if request.prompt_logprobs:
+            update.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, []
+        return update
 
     def _tell_policy(self, request: Request, row: ScheduledRow, num_output_tokens: int) -> None:
         """Each prompt token once: one that is computed again after a preemption was served the first time."""
@@ -536,6 +568,11 @@ class Scheduler:
 def _is_ending(request: Request) -> bool:
     """Its last sample is in flight: there is nothing left to schedule."""
     return request.num_tokens + request.num_placeholder_tokens >= request.max_total_tokens
+
+
+def _is_idle(request: Request) -> bool:
+    """All its tokens are computed, and its next one is still to be chosen outside."""
+    return request.chosen_outside and request.num_computed_tokens == request.num_tokens
 
 
 def _new_row(request: Request) -> NewRow:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from octavo.interfaces.manifest import Manifest
 from octavo.outputs import TokenLogprobs
@@ -43,9 +44,8 @@ class BlockCopy:
     target: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScheduledRow:
-    """What one request does in one step.
+class ScheduledRow(NamedTuple):
+    """What one request does in one step. A tuple, for one is made for every request in every step: name its fields.
 
     Attributes:
         num_computed_tokens: position of its first token in this step.
