@@ -69,6 +69,64 @@ def test_a_rope_theta_alone_is_a_default_rope() -> None:
     assert read(rope_theta=1e6, rope_scaling=None).rope == RopeConfig(theta=1e6)
 
 
+def test_partial_rotation_stands_in_the_rope_or_beside_it() -> None:
+    assert read(partial_rotary_factor=0.5).rope == RopeConfig(partial_rotary_factor=0.5)
+    assert read(rope_parameters={"partial_rotary_factor": 0.5}).rope == RopeConfig(partial_rotary_factor=0.5)
+
+
+def test_the_older_name_of_longrope_is_known() -> None:
+    rope = read(rope_scaling={"type": "su", "long_factor": [2.0], "short_factor": [1.0]}).rope
+    assert rope.rope_type == "longrope"
+
+
+def test_the_length_trained_with_stands_in_the_rope_or_beside_it_or_is_the_longest() -> None:
+    def trained(**keys: Any) -> object:
+        return read(max_position_embeddings=999, **keys).rope.parameters["original_max_position_embeddings"]
+
+    assert trained(rope_scaling={"type": "yarn", "original_max_position_embeddings": 77}) == 77
+    assert trained(rope_scaling={"type": "longrope"}, original_max_position_embeddings=88) == 88
+    assert trained(rope_scaling={"type": "llama3"}) == 999
+
+
+def test_of_ropes_by_layer_type_that_of_full_attention_is_the_models() -> None:
+    by_type = {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_type": "linear", "factor": 8.0}}
+    config = read(rope_parameters=by_type, rope_theta=1e6)
+    assert (config.rope.theta, config.rope.rope_type, config.rope.parameters["factor"]) == (1e6, "linear", 8.0)
+    assert RopeConfig.from_dict(by_type["sliding_attention"], config.raw) == RopeConfig(theta=1e4)
+
+
+def test_equal_ropes_are_one_key_and_others_another() -> None:
+    first, second = (read(rope_scaling={"type": "yarn", "factor": 4.0, "truncate": False}).rope for _ in range(2))
+    assert len({first: 1, second: 2}) == 1
+    assert len({first: 1, read(rope_scaling={"type": "yarn", "factor": 8.0}).rope: 2}) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ({}, None),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 64}, 64),
+        ({"sliding_window": 64, "use_sliding_window": True}, 64),
+        ({"sliding_window": 64, "use_sliding_window": False}, None),
+        ({"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}, 64),
+        ({"sliding_window": 64, "layer_types": ["full_attention", "full_attention"]}, None),
+        ({"sliding_window": 64, "max_window_layers": 1}, 64),
+        ({"sliding_window": 64, "max_window_layers": 99}, None),
+    ],
+)
+def test_a_window_is_stated_only_if_some_layer_has_it(keys: dict[str, Any], wanted: int | None) -> None:
+    assert read(**keys).sliding_window == wanted
+
+
+def test_attention_is_asked_for_what_some_layers_have_and_contexts_reach() -> None:
+    config = read(sliding_window=64, attn_logit_softcapping=50.0)
+    assert config.attn_logit_softcapping == 50.0
+    assert config.attention_features(65) == {"sliding_window", "logit_softcap"}
+    assert config.attention_features(64) == {"logit_softcap"}
+    assert read().attention_features(10**6) == frozenset()
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_the_dtype_has_two_names(key: str) -> None:
     assert read(**{key: "bfloat16"}).dtype == "bfloat16"
