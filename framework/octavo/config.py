@@ -96,6 +96,10 @@ class EngineConfig(BaseModel):
     """steps submitted before the first is collected"""
     seed: int = 0
     """makes requests that bring no seed repeatable"""
+    generation_config: Literal["auto", "none"] = "auto"
+    """sampling parameters when a caller gives none: auto, as the model's generation_config.json recommends, or none"""
+    max_logprobs: int = Field(default=20, ge=-1)
+    """most logprobs and prompt_logprobs a request may ask for; -1 is the whole vocabulary"""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """devices that share each layer"""
     attention: AttentionConfig = AttentionConfig()

@@ -7,6 +7,7 @@ turn out to be a stop string.
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Sequence
 
 from octavo.sampling_params import SamplingParams
@@ -37,6 +38,9 @@ class IncrementalDetokenizer:
         self._held = ""  # the tail that may begin a stop string
         self.stop_reason: str | None = None
         self.num_tokens = 0
+        special = tokenizer.special_ids if not params.spaces_between_special_tokens else frozenset[int]()
+        self._closed_up = special - self._skipped  # special tokens that follow one another without a space
+        self._last_token_id = prompt_token_ids[-1] if prompt_token_ids else -1
         self._at_start = all(token_id in self._skipped for token_id in prompt_token_ids)
         self._prompt_cut = self._begin_after(prompt_token_ids)
 
@@ -98,11 +102,18 @@ class IncrementalDetokenizer:
     def _decode(self, token_ids: Sequence[int], last: bool) -> str:
         skipped, token_bytes = self._skipped, self._tokenizer.token_bytes
         kept = [token_id for token_id in token_ids if token_id not in skipped]
+        pieces = list(map(token_bytes, kept))
         if self._at_start and kept:
             self._at_start = False
-            new = token_bytes(kept[0], first=True) + b"".join(map(token_bytes, kept[1:]))
-        else:
-            new = b"".join(map(token_bytes, kept))
+            pieces[0] = token_bytes(kept[0], first=True)
+        if self._closed_up and kept:
+            pairs = itertools.pairwise((self._last_token_id, *kept))
+            pieces = [
+                (self._tokenizer.id_to_token(pair[1]) or "").encode() if self._closed_up.issuperset(pair) else piece
+                for pair, piece in zip(pairs, pieces, strict=True)
+            ]
+            self._last_token_id = kept[-1]
+        new = b"".join(pieces)
         text = self._decoder.decode(new, last)
         if self._prompt_cut and text:
             # The prompt ends inside a character. When the output does not complete it, its U+FFFD is the prompt's.

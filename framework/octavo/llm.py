@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from octavo.assemble import assemble
 from octavo.engine.stats import EngineStats
 from octavo.errors import RequestError
 from octavo.explanation import Explanation, explain_selection
-from octavo.input_processor import Prompt
+from octavo.input_processor import Prompt, default_sampling_params
 from octavo.interfaces.manifest import Manifest
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -65,7 +66,7 @@ class LLM:
 
         Args:
             prompts: one or many; each a text, a list of token ids, or a dict with "prompt" or "prompt_token_ids".
-            sampling_params: one for all, or one for each prompt; default SamplingParams().
+            sampling_params: one for all, or one for each prompt; default `get_default_sampling_params()`.
             priority: one for all, or one for each prompt; lower is served earlier, default 0.
             tenant: who asks: one for all, or one (or None) for each prompt. Priority and tenant are for the scheduler
                 policy; one that does not go by them, such as the built-in "fcfs", passes over them.
@@ -77,7 +78,7 @@ class LLM:
         wanted = _as_list(prompts)
         outputs = self._add(
             wanted,
-            _params_for_each(sampling_params, len(wanted)),
+            self._params_for_each(sampling_params, len(wanted)),
             _for_each(0 if priority is None else priority, len(wanted), "priorities"),
             _for_each(tenant, len(wanted), "tenants"),
         )
@@ -116,7 +117,7 @@ class LLM:
         Leaving the loop early aborts the request. Other prompts may be run meanwhile: they share the steps.
         `priority` and `tenant` as in `generate`.
         """
-        outputs = self._add([prompt], _params_for_each(sampling_params, 1), [priority], [tenant])
+        outputs = self._add([prompt], self._params_for_each(sampling_params, 1), [priority], [tenant])
         shown = _progress(outputs[0])
         for _ in self._run(outputs):
             if shown != (shown := _progress(outputs[0])):
@@ -148,6 +149,15 @@ class LLM:
         """The model's path, device and dtype, and the component chosen of each kind."""
         return self._assembly.manifest
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is sampled with when none are given: the defaults, changed as the model's generation_config.json
+        recommends unless the setting `generation_config` is "none".
+
+        Raises:
+            ConfigError: what it recommends is out of range.
+        """
+        return self._default_params
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: encode, decode, apply_chat_template."""
         return self._assembly.tokenizer
@@ -173,6 +183,16 @@ class LLM:
         token_ids = self._assembly.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
         return {"prompt_token_ids": token_ids}
 
+    @cached_property
+    def _default_params(self) -> SamplingParams:
+        recommended = self._assembly.selection.files.checkpoint.generation_config()
+        return default_sampling_params(self.config.generation_config, recommended)
+
+    def _params_for_each(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> Sequence[SamplingParams]:
+        return _for_each(self._default_params if params is None else params, num_prompts, "SamplingParams")
+
     def _add(
         self,
         prompts: Sequence[Prompt],
@@ -186,11 +206,13 @@ class LLM:
             request_id = str(next(self._request_ids))
             text, token_ids = self._assembly.inputs.tokenize(prompt)
             request = self._assembly.inputs.request(request_id, token_ids, each, priority=priority, tenant=tenant)
-            checked.append((request_id, text, token_ids, each, request))
+            checked.append((request_id, text, each, request))
         outputs: list[RequestOutput] = []
         try:
-            for request_id, text, token_ids, each, request in checked:
-                outputs.append(self._assembly.outputs.add(request_id, text, token_ids, each, request.arrival_time))
+            for request_id, text, each, request in checked:
+                outputs.append(
+                    self._assembly.outputs.add(request_id, text, request.prompt_token_ids, each, request.arrival_time)
+                )
                 self.engine.add(request)
         except BaseException:
             self._abort(outputs)
@@ -253,12 +275,6 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _params_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> Sequence[SamplingParams]:
-    return _for_each(SamplingParams() if params is None else params, num_prompts, "SamplingParams")
 
 
 def _for_each(value: _T | Sequence[_T], num_prompts: int, what: str) -> Sequence[_T]:

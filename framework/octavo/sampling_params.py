@@ -11,6 +11,7 @@ from typing import Any
 from octavo.errors import RequestError
 
 MAX_SEED = 2**63 - 1
+_MAX_N = 16384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,7 @@ class SamplingParams:
     """How to sample, checked at construction.
 
     Attributes:
-        n: completions to return for the prompt, >= 1.
+        n: completions to return for the prompt, 1 to 16384.
         presence_penalty: taken from the logits of tokens already in the output, [-2, 2].
         frequency_penalty: taken from them as often as they are there, [-2, 2].
         repetition_penalty: divides (a negative logit: multiplies) those of tokens in prompt or output, > 0; 1 is off.
@@ -29,7 +30,7 @@ class SamplingParams:
         seed: makes the draw reproducible; None or -1 takes a fresh one.
         stop: strings that end the output, not part of it unless `include_stop_str_in_output`.
         stop_token_ids: token ids that end the output.
-        bad_words: strings whose tokens are not completed.
+        bad_words: strings that the output does not complete: the last token of one is not sampled behind its others.
         ignore_eos: go on after the model's end-of-sequence tokens.
         max_tokens: at most this many output tokens; None up to the context's end.
         min_tokens: end-of-sequence and stop tokens are not sampled before this many.
@@ -41,7 +42,8 @@ class SamplingParams:
         allowed_token_ids: nothing else is sampled.
         detokenize: False returns token ids only, with empty text.
         skip_special_tokens: leave special tokens out of the text.
-        spaces_between_special_tokens: put a space between special tokens that are not left out.
+        spaces_between_special_tokens: False takes out the spaces that some tokenizers put between two special tokens;
+            of use only where `skip_special_tokens` is False.
         truncate_prompt_tokens: keep only this many last prompt tokens; -1 keeps what max_model_len allows.
         extra_args: for plugins' logits rules.
 
@@ -168,8 +170,8 @@ def _is_token_key(key: object) -> bool:
 
 def _faults(params: SamplingParams) -> list[str]:
     faults = []
-    if params.n < 1:
-        faults.append(f"n must be at least 1, got {params.n}")
+    if not 1 <= params.n <= _MAX_N:
+        faults.append(f"n must be in [1, {_MAX_N}], got {params.n}")
     for name in ("presence_penalty", "frequency_penalty"):
         if not -2 <= getattr(params, name) <= 2:
             faults.append(f"{name} must be in [-2, 2], got {getattr(params, name)}")

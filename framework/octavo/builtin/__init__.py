@@ -52,10 +52,39 @@ def octavo_components() -> list[Spec]:
             max_devices=1,
         ),
         LogitsRuleSpec(
+            name="allowed-tokens",
+            summary="Nothing but allowed_token_ids",
+            target="octavo.builtin.logits_rules:AllowedTokens",
+            always=True,
+            priority=50,  # rules apply in the order of priority, vLLM's
+        ),
+        LogitsRuleSpec(
+            name="bad-words",
+            summary="No bad_words",
+            target="octavo.builtin.logits_rules:BadWords",
+            always=True,
+            priority=40,
+        ),
+        LogitsRuleSpec(
             name="min-tokens",
             summary="No end before min_tokens outputs",
             target="octavo.builtin.logits_rules:MinTokens",
             always=True,
+            priority=30,
+        ),
+        LogitsRuleSpec(
+            name="logit-bias",
+            summary="Adds logit_bias",
+            target="octavo.builtin.logits_rules:LogitBias",
+            always=True,
+            priority=20,
+        ),
+        LogitsRuleSpec(
+            name="penalties",
+            summary="Presence, frequency and repetition penalties",
+            target="octavo.builtin.logits_rules:Penalties",
+            always=True,
+            priority=10,
         ),
         CheckpointSpec(
             name="huggingface",
