@@ -21,7 +21,7 @@ from octavo.plugins.attention_pair import choose_attention
 from octavo.plugins.host import Plugin
 from octavo.plugins.registry import Choice, Registry
 from octavo.plugins.specs import AttentionNeed, AttentionSpec
-from octavo.testing.paged_scene import Batch, PagedScene, Row
+from octavo.testing.paged_scene import Batch, PagedScene, Row, usual_parameters
 
 NEED = AttentionNeed(device="cpu", dtype="float32", num_heads=6, num_kv_heads=2, head_dim=16, block_size=16)
 
@@ -72,7 +72,7 @@ def test_steps_of_all_kinds_may_follow_each_other() -> None:
     scene, batch = scene_of(DECODES + PREFILLS)
     only_decodes, only_prefills = scene.batch(batch.rows[:4]), scene.batch(batch.rows[4:])
     for step in (batch, only_decodes, only_prefills, batch):
-        error = (scene.step(step, split) - step.wanted(NEED.head_dim**-0.5)).abs().max()
+        error = (scene.step(step, split) - step.wanted(usual_parameters(NEED))).abs().max()
         assert error < 1e-5
     assert decode.planned == [DECODES] * 3
     assert prefill.planned == [PREFILLS] * 3
