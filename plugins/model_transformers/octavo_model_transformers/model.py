@@ -32,8 +32,9 @@ class TransformersModel(ModelArchitecture):
     def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
         skeleton = build_skeleton(config)
         logger.warning(
-            "%s is computed by transformers' own modules, because no installed plugin was written for it: the tokens "
-            "are the same, each step takes longer. `octavo explain` shows which were asked.",
+            "%s is computed by transformers' own modules, because no installed component was written for it: the same "
+            "tokens, but projections, norms and rotations are not joined, which is slower. `octavo explain` shows which "
+            "components were asked.",
             config.architecture,
         )
         self._model, self._decoder = skeleton.model, skeleton.decoder
