@@ -109,7 +109,7 @@ class Sizer:
             num_ranks=num_ranks,
             weight_bytes=loader.expected_bytes,
             bits_per_weight=8 * whole_bytes / factory.num_weights,
-            rotary_bytes_per_position=2 * model_config.head_dim * self._dtype.itemsize,
+            rotary_bytes_per_position=factory.rotary_bytes_per_position,
             adapter_bytes=self._max_lora_rank * lora_features * self._dtype.itemsize,
             kv_bytes_per_block=layout.bytes_per_block * model_config.num_layers,
             remarks=tuple(self._remarks(num_ranks)),
