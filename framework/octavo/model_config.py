@@ -102,9 +102,9 @@ class ModelConfig:
             "num_attention_heads",
         )
         if missing := [key for key in required if not raw.get(key)]:
-            inside = " It has a text_config: a model for more than text, which is not served." if "text_config" in raw else ""
+            more = " It has a text_config: models for more than text are not served." if "text_config" in raw else ""
             raise CheckpointError(
-                f"config.json lacks {', '.join(missing)}: this is not a decoder model's configuration.{inside}"
+                f"config.json lacks {', '.join(missing)}: this is not a decoder model's configuration.{more}"
             )
         num_heads = int(raw["num_attention_heads"])
         return cls(
