@@ -152,6 +152,54 @@ def test_nothing_is_made_into_text_without_detokenize() -> None:
     assert "".join(stream(start(SamplingParams(detokenize=False)), PROMPT)) == ""
 
 
+# ------------------------------------------------------------------------------------------- special tokens
+
+
+def spaced(decoder: decoders.Decoder | None) -> Tokenizer:
+    """A vocabulary of words, decoded with spaces between them, special tokens included."""
+    raw = Raw(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    if decoder is not None:
+        raw.decoder = decoder
+    raw.add_special_tokens(["<s>", "<e>"])
+    return Tokenizer(TokenizerData(tokenizer=raw, chat_template=None, special_tokens={}))
+
+
+@pytest.mark.parametrize("decoder", [None, decoders.WordPiece()], ids=["plain", "wordpiece"])
+@pytest.mark.parametrize(
+    ("spaces", "prompt", "expected"),
+    [
+        (True, [0], " a <s> <e> b <e> <s> <s>"),
+        (False, [0], " a <s><e> b <e><s><s>"),
+        (False, [], "a <s><e> b <e><s><s>"),
+    ],
+)
+def test_spaces_between_special_tokens_can_be_left_out(
+    decoder: decoders.Decoder | None, spaces: bool, prompt: list[int], expected: str
+) -> None:
+    params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=spaces)
+    for seed in range(5):
+        detokenizer = IncrementalDetokenizer(spaced(decoder), prompt, params)
+        assert "".join(stream(detokenizer, [0, 2, 3, 1, 3, 2, 2], seed)) == expected
+
+
+def test_no_space_is_left_out_behind_the_prompt_s_last_word() -> None:
+    params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=False)
+    for prompt, expected in (([0], " <s> a"), ([3], "<s> a"), ([3, 0], " <s> a")):
+        assert "".join(stream(IncrementalDetokenizer(spaced(None), prompt, params), [2, 0])) == expected
+
+
+@given(token_lists, st.integers())
+@settings(deadline=None)
+def test_tokenizers_that_put_no_spaces_give_the_same_text_either_way(token_ids: list[int], seed: int) -> None:
+    params = SamplingParams(skip_special_tokens=False, spaces_between_special_tokens=False)
+    assert "".join(stream(start(params), token_ids, seed)) == BYTE_LEVEL.decode(token_ids, skip_special_tokens=False)
+
+
+def test_without_skipped_special_tokens_the_setting_changes_nothing() -> None:
+    params = SamplingParams(spaces_between_special_tokens=False)
+    assert "".join(stream(IncrementalDetokenizer(spaced(None), [0], params), [2, 3, 1, 3, 0])) == " b a"
+
+
 # ------------------------------------------------------------------------------------------- sentencepiece
 
 

@@ -71,9 +71,14 @@ def test_greedy_rows_and_drawn_rows_share_a_step() -> None:
     assert mixed[1::2].tolist() == drawn[1::2].tolist()
 
 
-def kept_by(logits: Sequence[float], top_k: int, top_p: float) -> set[int] | None:
-    """The slow, plain reference: top-k, then top-p over what is left; None when rounding could decide otherwise."""
+def kept_by(logits: Sequence[float], top_k: int, top_p: float, min_p: float = 0.0) -> set[int] | None:
+    """The slow, plain reference: min-p, then top-k, then top-p, each over what is left; None when rounding could
+    decide otherwise."""
     order = sorted(range(len(logits)), key=lambda token_id: -logits[token_id])
+    ratios = [math.exp(logits[token_id] - max(logits)) for token_id in order]
+    if any(abs(ratio - min_p) < 1e-4 for ratio in ratios[1:]):
+        return None
+    order = [token_id for token_id, ratio in zip(order, ratios, strict=True) if ratio >= min_p]
     if top_k:
         border = logits[order[min(top_k, len(order)) - 1]]
         order = [token_id for token_id in order if logits[token_id] >= border]
@@ -94,11 +99,50 @@ def kept_by(logits: Sequence[float], top_k: int, top_p: float) -> set[int] | Non
     logits=st.lists(st.sampled_from([-1.0, -0.5, -0.25, 0.0, 0.3, 0.6, 1.0]), min_size=1, max_size=6),
     top_k=st.integers(0, 7),
     top_p=st.floats(0.01, 1.0),
+    min_p=st.just(0.0) | st.floats(0.0, 1.0),
 )
-def test_top_k_and_top_p_leave_exactly_the_right_tokens(logits: list[float], top_k: int, top_p: float) -> None:
-    kept = kept_by(logits, top_k, top_p)
+def test_min_p_top_k_and_top_p_leave_exactly_the_right_tokens(
+    logits: list[float], top_k: int, top_p: float, min_p: float
+) -> None:
+    kept = kept_by(logits, top_k, top_p, min_p)
     if kept is not None:  # the least probable has 2 %, so 2,048 draws find it
-        assert set(draws(logits, 2048, top_k=top_k, top_p=top_p)) == kept
+        assert set(draws(logits, 2048, top_k=top_k, top_p=top_p, min_p=min_p)) == kept
+
+
+def test_top_p_is_of_what_min_p_left() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.15, 0.15]).log().tolist()
+    assert set(draws(logits, 500, top_p=0.69)) == {0, 1}
+    assert set(draws(logits, 500, min_p=0.5, top_p=0.56)) == {0}  # 4/7 of what is left
+    assert set(draws(logits, 500, min_p=0.5, top_p=0.58)) == {0, 1}
+
+
+def test_min_p_is_of_the_tempered_distribution() -> None:
+    logits = [0.0, -1.0]
+    assert set(draws(logits, 500, min_p=0.5)) == {0}
+    assert set(draws(logits, 500, min_p=0.5, temperature=2.0)) == {0, 1}
+
+
+def test_a_min_p_of_1_keeps_the_most_probable_tokens() -> None:
+    assert set(draws([1.0, 0.999, 1.0, -5.0], 200, min_p=1.0)) == {0, 2}
+
+
+def test_each_row_has_its_own_min_p() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).repeat(4000, 1)
+    drawn = sample(logits, inputs(4000, min_p=[0.0, 0.3, 0.1, 1.0] * 1000, seed=range(4000)))
+    assert [set(drawn[row::4].tolist()) for row in range(4)] == [{0, 1, 2, 3}, {0, 1}, {0, 1, 2}, {0}]
+
+
+def test_draws_within_min_p_top_k_and_top_p_follow_the_softmax_of_what_is_left() -> None:
+    logits, num_draws = [0.0, 1.0, 2.0, 0.5, 0.7, -0.5, 1.5, -3.0], 20_000
+    kept = kept_by([logit / 0.8 for logit in logits], 5, 0.85, 0.1)
+    assert kept is not None
+    assert 1 < len(kept) < 5
+    counts = draws(logits, num_draws, temperature=0.8, top_k=5, top_p=0.85, min_p=0.1)
+    chosen = sorted(kept)
+    wanted = (torch.tensor([logits[token_id] for token_id in chosen]).double() / 0.8).softmax(dim=0) * num_draws
+    pairs = zip(chosen, wanted.tolist(), strict=True)
+    assert sum((counts[token_id] - count) ** 2 / count for token_id, count in pairs) < CHI_SQUARE_7
+    assert set(counts) == kept
 
 
 def test_each_row_has_its_own_top_k_and_top_p() -> None:
@@ -145,6 +189,7 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
         "position": torch.arange(30) % 11,
         "top_k": torch.arange(30) % 3 * 20,
         "top_p": 1 - torch.arange(30) % 2 * 0.2,
+        "min_p": torch.arange(30) % 7 * 0.01,
         "temperature": torch.arange(30) % 5 * 0.5,
     }
     together = sample(logits.clone(), inputs(30, **columns))
