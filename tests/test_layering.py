@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "interfaces": (("interfaces",), ("data", "specs")),
     "plugins": (("plugins",), ("data", "specs", "interfaces")),
     "settings": (("settings", "config_schema"), ("data", "specs", "plugins")),
-    "text": (("chat_template", "tokenizer", "detokenizer"), ("data", "interfaces")),
+    "text": (("chat_template", "tokenizer", "detokenizer", "logprob_texts"), ("data", "interfaces")),
     "sources": (("demo_model", "model_source"), ("data",)),
     "nn": (("nn",), ("data", "specs", "interfaces")),
     "runner": (("runner",), ("data", "specs", "interfaces", "nn")),
@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # not the runner: the engine reaches it through an Executor
     "engine": (("engine",), ("data", "interfaces", "block_pool", "scheduler")),
     "processors": (("input_processor", "output_processor"), ("data", "text", "engine")),
+    "beam_search": (("beam_search",), ("data", "text", "engine", "processors")),
     "selection": (("selection",), ("data", "specs", "interfaces", "plugins", "sources", "runner")),
     "plan": (("plan",), ("data", "specs", "interfaces", "plugins", "sources", "nn", "runner", "selection")),
     "assembly": (
@@ -49,7 +50,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "explanation": (("explanation",), ("data", "specs", "interfaces", "plugins", "settings", "selection")),
     "entry": (
         ("llm", "async_llm"),
-        ("data", "interfaces", "text", "engine", "processors", "settings", "assembly", "explanation"),
+        ("data", "interfaces", "text", "engine", "processors", "beam_search", "settings", "assembly", "explanation"),
     ),
     "cli": (
         ("cli", "__main__"),

@@ -9,10 +9,14 @@ from octavo._lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM as AsyncLLM
+    from octavo.beam_search.data import BeamSearchOutput as BeamSearchOutput
+    from octavo.beam_search.data import BeamSearchParams as BeamSearchParams
+    from octavo.beam_search.data import BeamSearchSequence as BeamSearchSequence
     from octavo.config import EngineConfig as EngineConfig
     from octavo.explanation import explain as explain
     from octavo.llm import LLM as LLM
     from octavo.outputs import CompletionOutput as CompletionOutput
+    from octavo.outputs import Logprob as Logprob
     from octavo.outputs import RequestOutput as RequestOutput
     from octavo.plugins.hookspecs import hookimpl as hookimpl
     from octavo.plugins.specs import AttentionSpec as AttentionSpec
@@ -35,10 +39,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 _MODULES = {
     "async_llm": ("AsyncLLM",),
+    "beam_search.data": ("BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence"),
     "config": ("EngineConfig",),
     "explanation": ("explain",),
     "llm": ("LLM",),
-    "outputs": ("CompletionOutput", "RequestOutput"),
+    "outputs": ("CompletionOutput", "Logprob", "RequestOutput"),
     "plugins.hookspecs": ("hookimpl",),
     "plugins.specs": (
         "AttentionSpec",

@@ -8,12 +8,15 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from octavo.assemble import assemble
+from octavo.beam_search.data import BeamSearchOutput, BeamSearchParams
+from octavo.beam_search.search import BeamSearch, run_beam_searches
+from octavo.engine.engine import EngineOutput
 from octavo.engine.stats import EngineStats
 from octavo.errors import RequestError
 from octavo.explanation import Explanation, explain_selection
@@ -136,6 +139,33 @@ class LLM:
         """Like `stream`, for one conversation."""
         return self.stream(self._chat_prompt(messages, True), sampling_params, priority=priority, tenant=tenant)
 
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """For every prompt the `beam_width` sequences that a beam search finds, as transformers' `generate` does.
+
+        Each beam is a request on blocks shared with the others. As many prompts are searched at once as have room for
+        all their beams in one batch.
+
+        Raises:
+            RequestError: a prompt cannot be served, or `beam_width` is above max_num_seqs; then none was started.
+            EngineDeadError: the engine stopped; the cause is chained.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise RequestError(f"Beam search takes BeamSearchParams(...); found {type(params).__name__}.")
+        searches = []
+        for prompt in _as_list(prompts):
+            _text, token_ids = self._assembly.inputs.tokenize(prompt)
+            request_id = str(next(self._request_ids))
+            searches.append(BeamSearch(self.engine, self._assembly.inputs, request_id, token_ids, params))
+        at_once = self.config.max_num_seqs // params.beam_width
+        with closing(run_beam_searches(searches, self._step, at_once)) as steps:
+            num_left: int | None = len(searches)
+            while num_left is not None:
+                with _interrupts_held():
+                    num_left = next(steps, None)
+        while self.engine.is_draining:
+            self._step()
+        return [search.output(self._assembly.tokenizer) for search in searches]
+
     def explain(self) -> Explanation:
         """What was chosen for every socket, what was refused and why, and where each setting is from."""
         return explain_selection(self._assembly.selection, self.settings)
@@ -224,15 +254,20 @@ class LLM:
         try:
             while not all(output.finished for output in outputs):
                 with _interrupts_held():
-                    processed = self._assembly.outputs.process(self.engine.step(), time.monotonic())
-                    for request_id in processed.to_stop:
-                        self.engine.abort(request_id, "stop")
-                if processed.changed:
+                    engine_outputs = self._step()
+                if engine_outputs:
                     yield
         finally:
             self._abort(outputs)
         while self.engine.is_draining:
-            self.engine.step()
+            self._step()
+
+    def _step(self) -> list[EngineOutput]:
+        """One step of the engine, with what it gives to the prompts under way."""
+        engine_outputs = self.engine.step()
+        for request_id in self._assembly.outputs.process(engine_outputs, time.monotonic()).to_stop:
+            self.engine.abort(request_id, "stop")
+        return engine_outputs
 
     def _abort(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:

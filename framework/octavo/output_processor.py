@@ -9,6 +9,7 @@ from octavo.detokenizer import IncrementalDetokenizer
 from octavo.engine.engine import EngineOutput
 from octavo.errors import RequestError
 from octavo.input_processor import child_id
+from octavo.logprob_texts import LogprobTexts
 from octavo.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.tokenizer import Tokenizer
@@ -20,8 +21,9 @@ class _Completion:
 
     completion: CompletionOutput
     detokenizer: IncrementalDetokenizer | None
+    logprob_texts: LogprobTexts | None
     output: RequestOutput
-    include_stop: bool
+    params: SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,18 +66,20 @@ class OutputProcessor:
             request_id=request_id,
             prompt=prompt,
             prompt_token_ids=prompt_token_ids,
-            outputs=[CompletionOutput(index=index) for index in range(params.n)],
+            outputs=[_new_completion(index, params) for index in range(params.n)],
             finished=False,
             metrics=RequestMetrics(arrival_time=arrival_time),
         )
+        tokenizer = self._tokenizer if params.detokenize else None
         self._completions |= {
             request_id: _Completion(
                 completion=completion,
                 detokenizer=(
-                    IncrementalDetokenizer(self._tokenizer, prompt_token_ids, params) if params.detokenize else None
+                    IncrementalDetokenizer(tokenizer, prompt_token_ids, params) if tokenizer is not None else None
                 ),
+                logprob_texts=None if params.logprobs is None else LogprobTexts(tokenizer, prompt_token_ids),
                 output=output,
-                include_stop=params.include_stop_str_in_output,
+                params=params,
             )
             for request_id, completion in zip(request_ids, output.outputs, strict=True)
         }
@@ -89,6 +93,8 @@ class OutputProcessor:
             entry = self._completions.get(engine_output.request_id)
             if entry is None:  # ended here by a stop string while a later step was on its way
                 continue
+            if entry.params.prompt_logprobs is not None:
+                self._show_prompt_logprobs(entry, engine_output)
             reason = self._extend(entry, engine_output)
             _time(entry.output, engine_output, now)
             if reason is not None:
@@ -115,18 +121,35 @@ class OutputProcessor:
     def _extend(self, entry: _Completion, engine_output: EngineOutput) -> str | None:
         """Add tokens and text; the reason if this ends the completion."""
         completion, reason = entry.completion, engine_output.finish_reason
+        num_before = len(completion.token_ids)
         completion.token_ids += engine_output.new_token_ids
         if reason is not None:
             completion.stop_reason = engine_output.stop_reason
         if entry.detokenizer is not None:
             shown = engine_output.new_token_ids
-            if reason == "stop" and not entry.include_stop:
+            if reason == "stop" and not entry.params.include_stop_str_in_output:
                 shown = shown[:-1]
             completion.text += entry.detokenizer.update(shown, finished=reason is not None)
             if entry.detokenizer.stop_reason is not None:
                 completion.stop_reason = entry.detokenizer.stop_reason
-                return "stop"
+                del completion.token_ids[entry.detokenizer.num_tokens :]  # the step may have given more
+                reason = "stop"
+        if entry.logprob_texts is not None:
+            assert completion.logprobs is not None
+            assert completion.cumulative_logprob is not None
+            for token_id, logprobs in zip(completion.token_ids[num_before:], engine_output.logprobs, strict=False):
+                completion.logprobs.append(entry.logprob_texts.next(logprobs))
+                completion.cumulative_logprob += completion.logprobs[-1][token_id].logprob
         return reason
+
+    def _show_prompt_logprobs(self, entry: _Completion, engine_output: EngineOutput) -> None:
+        """They come with a first token: of the completion that computed the prompt, or of several, all the same."""
+        output = entry.output
+        is_there = len(engine_output.prompt_logprobs) == len(output.prompt_token_ids) - 1
+        if output.prompt_logprobs is None and engine_output.new_token_ids and is_there:
+            tokenizer = self._tokenizer if entry.params.detokenize else None
+            texts = LogprobTexts(tokenizer, output.prompt_token_ids[:1])
+            output.prompt_logprobs = [None, *map(texts.next, engine_output.prompt_logprobs)]
 
     def _finish(self, request_id: str, entry: _Completion, reason: str) -> None:
         entry.completion.finish_reason = reason
@@ -136,8 +159,21 @@ class OutputProcessor:
 
 def snapshot(output: RequestOutput) -> RequestOutput:
     """A copy that later steps do not change."""
-    completions = [replace(completion, token_ids=list(completion.token_ids)) for completion in output.outputs]
+    completions = [
+        replace(
+            completion,
+            token_ids=list(completion.token_ids),
+            logprobs=None if completion.logprobs is None else list(completion.logprobs),
+        )
+        for completion in output.outputs
+    ]
     return replace(output, outputs=completions, metrics=output.metrics and replace(output.metrics))
+
+
+def _new_completion(index: int, params: SamplingParams) -> CompletionOutput:
+    if params.logprobs is None:
+        return CompletionOutput(index=index)
+    return CompletionOutput(index=index, cumulative_logprob=0.0, logprobs=[])
 
 
 def _time(output: RequestOutput, engine_output: EngineOutput, now: float) -> None:

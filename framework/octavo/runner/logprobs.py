@@ -25,20 +25,25 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> 
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     there = logprobs.gather(1, token_ids.unsqueeze(1))
     ranks = (logprobs > there).sum(dim=-1) + 1
-    best = logprobs.topk(max(wanted), dim=-1) if max(wanted) else None
-    best_ids = best.indices.tolist() if best is not None else [[]] * len(wanted)
-    best_logprobs = best.values.tolist() if best is not None else [[]] * len(wanted)
+    best = _best(logprobs, wanted)
     return [
-        TokenLogprobs(token_ids=(token_id, *ids[:count]), logprobs=(logprob, *values[:count]), rank=rank)
-        for token_id, logprob, rank, ids, values, count in zip(
-            token_ids.tolist(),
-            there.squeeze(1).tolist(),
-            ranks.tolist(),
-            best_ids,
-            best_logprobs,
-            wanted,
-            strict=True,
+        TokenLogprobs(token_ids=(token_id, *ids), logprobs=(logprob, *values), rank=rank)
+        for token_id, logprob, rank, (ids, values) in zip(
+            token_ids.tolist(), there.squeeze(1).tolist(), ranks.tolist(), best, strict=True
         )
+    ]
+
+
+def _best(logprobs: Tensor, counts: Sequence[int]) -> list[tuple[list[int], list[float]]]:
+    """For each row the ids and logprobs of its `count` most probable tokens, best first."""
+    most = max(counts)
+    if not most:
+        return [([], [])] * len(counts)
+    best = logprobs.topk(most, dim=-1)
+    if min(counts) == most:
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return [  # row by row, for one that wants the whole vocabulary may stand among many that want a few
+        (best.indices[row, :count].tolist(), best.values[row, :count].tolist()) for row, count in enumerate(counts)
     ]
 
 
