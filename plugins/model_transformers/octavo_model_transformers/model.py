@@ -33,8 +33,8 @@ class TransformersModel(ModelArchitecture):
         skeleton = build_skeleton(config)
         logger.warning(
             "%s is computed by transformers' own modules, because no installed component was written for it: the same "
-            "tokens, but projections, norms and rotations are not joined, which is slower. `octavo explain` shows which "
-            "components were asked.",
+            "tokens, but projections, norms and rotations are not joined, which is slower. `octavo explain` shows "
+            "which components were asked.",
             config.architecture,
         )
         self._model, self._decoder = skeleton.model, skeleton.decoder
