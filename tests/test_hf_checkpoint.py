@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -113,6 +114,85 @@ def test_file_that_was_cut_short_is_refused(folder: Path, num_bytes: int) -> Non
     path.write_bytes(path.read_bytes()[:num_bytes])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is cut short or damaged"):
         read(folder)
+
+
+HEADER = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (len(HEADER) + 100).to_bytes(8, "little") + HEADER,
+        len(HEADER).to_bytes(8, "little") + HEADER.replace(b"{", b"[") + bytes(8),
+        len(HEADER).to_bytes(8, "little") + HEADER.replace(b"F32", b"F33") + bytes(8),
+        len(HEADER).to_bytes(8, "little") + HEADER.replace(b"[0,8]", b"[8,0]") + bytes(8),
+        len(HEADER).to_bytes(8, "little") + HEADER + bytes(7),
+        len(HEADER).to_bytes(8, "little") + HEADER + bytes(9),
+        b"PK\x03\x04" + bytes(1000),
+        b"<!DOCTYPE html><title>404 Not Found</title>",
+    ],
+    ids=["header too short", "no JSON", "no dtype", "no range", "data too short", "data too long", "zip", "web page"],
+)
+def test_file_that_is_no_whole_safetensors_file_is_refused_in_one_sentence(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors is cut short or damaged \(.*\); fetch it again\."
+    ) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="is cut short or damaged"):
+        HuggingFaceCheckpoint(str(folder)).tensor_headers()
+
+
+def test_file_that_shrinks_while_it_is_read_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({"a": torch.zeros(1), "b": torch.zeros(100_000)}, path)
+    tensors = HuggingFaceCheckpoint(str(folder)).tensors()
+    next(tensors)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was cut short while it was read"):
+        list(tensors)
+
+
+def test_dtype_that_torch_lacks_is_named(folder: Path) -> None:
+    header = b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(1))
+    with pytest.raises(CheckpointError, match="stores a as F4, which this torch has no type for"):
+        read(folder)
+    assert HuggingFaceCheckpoint(str(folder)).tensor_headers()["a"].num_bytes == 1
+
+
+def test_every_dtype_arrives_as_it_was_stored(folder: Path) -> None:
+    tensors = {
+        "whole": torch.arange(-3, 3, dtype=torch.int16).view(2, 3),
+        "half": torch.tensor([[1.5], [-2.0]], dtype=torch.bfloat16),
+        "eighth": torch.tensor([0.5, 2.0]).to(torch.float8_e4m3fn),
+        "number": torch.tensor(3.0, dtype=torch.float64),
+        "mask": torch.tensor([True, False]),
+        "nothing": torch.empty(0, 4),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    found = read(folder)
+    assert sorted(found) == sorted(tensors)
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name].double(), tensor.double())
+
+
+def test_a_tensor_that_is_kept_outlives_its_file(folder: Path) -> None:
+    name, tensor = next(HuggingFaceCheckpoint(str(folder)).tensors())
+    (folder / "model.safetensors").write_bytes(b"")
+    assert torch.equal(tensor, WEIGHTS[name])
+
+
+@pytest.mark.parametrize("file", ["model-1-of-2.safetensors", "model.safetensors"])
+def test_folder_in_place_of_a_file_is_as_good_as_nothing(sharded: Path, file: str) -> None:
+    if file == "model.safetensors":
+        (sharded / INDEX).unlink()
+    (sharded / file).unlink(missing_ok=True)
+    (sharded / file).mkdir()
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the 2 files|has no weights: neither model\.safetensors nor"):
+        read(sharded)
 
 
 def test_note_that_git_lfs_left_is_explained(folder: Path) -> None:

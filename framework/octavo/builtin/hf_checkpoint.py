@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
-from math import prod
+import mmap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from octavo.errors import CheckpointError
 from octavo.interfaces.checkpoint import Checkpoint, TensorHeader, TokenizerData
@@ -15,11 +14,31 @@ from octavo.interfaces.checkpoint import Checkpoint, TensorHeader, TokenizerData
 if TYPE_CHECKING:
     import torch
 
-_T = TypeVar("_T")
-
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+"""Safetensors' names of the dtypes -> torch's."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -63,29 +82,44 @@ class HuggingFaceCheckpoint(Checkpoint):
     def tensor_headers(self) -> Mapping[str, TensorHeader]:
         if not any(any(self._folder.glob(pattern)) for pattern in ("*.safetensors", *_PICKLES)):
             return {}
-        return dict(self._read(self._shards(), _header))
+        return {
+            name: TensorHeader(shape=tuple(entry["shape"]), dtype=entry["dtype"], num_bytes=end - start)
+            for _, name, entry, start, end in self._read(self._shards())
+        }
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         # The shards are looked for now, not when the first tensor is asked for.
-        return self._read(self._shards(), lambda shard, name: shard.get_tensor(name))
+        return (
+            (name, _tensor(file, name, entry, start, end))
+            for file, name, entry, start, end in self._read(self._shards())
+        )
 
     def _read(
-        self, shards: Mapping[Path, list[str] | None], read: Callable[[Any, str], _T]
-    ) -> Iterator[tuple[str, _T]]:
-        """(name, what `read` takes of it) of every tensor."""
+        self, shards: Mapping[Path, list[str] | None]
+    ) -> Iterator[tuple[BinaryIO, str, Mapping[str, Any], int, int]]:
+        """(file, name, its entry in the header, first byte, byte after the last) of every tensor, in the file's order.
+
+        The library checks each file: that the header is whole, and that the tensors fill the rest without gaps. The
+        bytes are then read, not mapped: a tensor that a layer keeps as it is would hold its file's mapping, and the
+        pages of all that was read from it count as memory beside what the layers made of them.
+        """
         from safetensors import SafetensorError, safe_open
 
         for path, names in shards.items():
             try:
-                with safe_open(path, framework="pt") as shard:
-                    present = shard.keys()
-                    if missing := sorted(set(names or ()) - set(present)):
+                with safe_open(path, framework="np"), path.open("rb") as file:
+                    header_size = int.from_bytes(file.read(8), "little")
+                    header = json.loads(file.read(header_size))
+                    header.pop("__metadata__", None)
+                    if missing := sorted(set(names or ()) - set(header)):
                         raise CheckpointError(
                             f"{path} lacks {len(missing)} tensors that {_INDEX} says it has: {_some(missing)}."
                         )
-                    wanted = set(present if names is None else names)
-                    for name in filter(wanted.__contains__, present):  # in the file's order
-                        yield name, read(shard, name)
+                    wanted = set(header if names is None else names)
+                    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                        if name in wanted:
+                            start, end = (8 + header_size + offset for offset in entry["data_offsets"])
+                            yield file, name, entry, start, end
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(_damage(path, error)) from error
 
@@ -151,14 +185,29 @@ class HuggingFaceCheckpoint(Checkpoint):
         )
 
 
-def _header(shard: Any, name: str) -> TensorHeader:
-    tensor = shard.get_slice(name)
-    shape, dtype = tuple(tensor.get_shape()), str(tensor.get_dtype())
-    bits = re.search(r"\d+", dtype)  # "BF16", "F8_E4M3", "U8"; BOOL is a byte
-    return TensorHeader(shape=shape, dtype=dtype, num_bytes=prod(shape) * (int(bits[0]) if bits else 8) // 8)
+def _tensor(file: BinaryIO, name: str, entry: Mapping[str, Any], start: int, end: int) -> torch.Tensor:
+    import torch
+
+    dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
+    if dtype is None:
+        raise CheckpointError(
+            f"{file.name} stores {name} as {entry['dtype']}, which this torch has no type for; those that are read "
+            f"are {', '.join(_DTYPES)}."
+        )
+    if start == end:
+        return torch.empty(entry["shape"], dtype=dtype)
+    # Memory of its own, given back with the tensor: in the heap, holes between what the layers make of the tensors
+    # would remain, a quarter of the weights.
+    memory = mmap.mmap(-1, end - start, access=mmap.ACCESS_COPY)
+    file.seek(start)
+    if file.readinto(memory) != end - start:  # type: ignore[attr-defined]
+        raise CheckpointError(f"{file.name} was cut short while it was read; fetch it again.")
+    return torch.frombuffer(memory, dtype=dtype).view(entry["shape"])
 
 
 def _damage(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"{path} may not be read by this user ({error.strerror})."
     with path.open("rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             return f"{path} is only Git LFS's note of where the weights are; run `git lfs pull` in its folder."
