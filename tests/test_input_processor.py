@@ -55,8 +55,9 @@ def refusal(prompt: list[int] | None = None, max_logprobs: int = 20, **fields: A
 @pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids", "logit_bias"])
 def test_token_ids_outside_the_vocabulary_are_refused_by_name(field: str) -> None:
     for wrong in (VOCAB_SIZE, -1):
-        value = {3: 1.0, wrong: 1.0} if field == "logit_bias" else [3, wrong]
-        assert refusal(**{field: value}) == f"{field} must be in [0, {VOCAB_SIZE}); found [{wrong}]."
+        value: Any = {3: 1.0, wrong: 1.0} if field == "logit_bias" else [3, wrong]
+        fields: dict[str, Any] = {field: value}
+        assert refusal(**fields) == f"{field} must be in [0, {VOCAB_SIZE}); found [{wrong}]."
 
 
 def test_all_faults_are_named_together() -> None:
@@ -102,12 +103,12 @@ def test_logprobs_are_bounded_by_max_logprobs(
 ) -> None:
     inputs = processor(max_logprobs=max_logprobs)
     for count in allowed:
-        inputs.request("x", [1], SamplingParams(**{field: count}))
+        fields: dict[str, Any] = {field: count}
+        inputs.request("x", [1], SamplingParams(**fields))
     most = VOCAB_SIZE if max_logprobs == -1 else max_logprobs
     for count in refused:
-        assert f"{field}={count} was asked for; max_logprobs allows {most}" in refusal(
-            max_logprobs=max_logprobs, **{field: count}
-        )
+        fields = {field: count}
+        assert f"{field}={count} was asked for; max_logprobs allows {most}" in refusal(None, max_logprobs, **fields)
 
 
 # ------------------------------------------------------------------------------------------------- truncation
