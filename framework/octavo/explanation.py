@@ -32,6 +32,7 @@ class ExplainedCandidate:
     """One component that was asked. `reasons` are sentences; none and not chosen: another was preferred."""
 
     name: str
+    summary: str
     plugin: str
     distribution: str
     version: str
@@ -147,6 +148,7 @@ def _wishes(selection: Selection) -> dict[str, str]:
 def _candidate(one: Candidate) -> ExplainedCandidate:
     return ExplainedCandidate(
         name=one.spec.name,
+        summary=one.spec.summary,
         plugin=one.plugin.name,
         distribution=one.plugin.distribution,
         version=one.plugin.version,
@@ -212,7 +214,7 @@ def _lines(explanation: Explanation) -> Iterator[str]:
         asked = "" if socket.asked_name == "auto" else f", {socket.asked_name!r} was asked for"
         yield f"\n{SPEC_KINDS[socket.name.partition('.')[0].removesuffix('s')].noun} ({socket.name}){asked}"
         for one in socket.candidates:
-            verdict = "chosen" if one.chosen else "; ".join(one.reasons) or "could serve"
+            verdict = f"chosen: {one.summary}" if one.chosen else "; ".join(one.reasons) or "could serve"
             mark = "*" if one.chosen else " "
             yield f"  {mark} {_label(one):<{name_width}}  {_origin(one):<{origin_width}}  {verdict}"
         if not socket.candidates:
