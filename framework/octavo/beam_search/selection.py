@@ -9,7 +9,6 @@ from typing import Literal
 
 from octavo.outputs import TokenLogprobs
 
-
 _NOTHING = TokenLogprobs(token_ids=(), logprobs=(), rank=0)
 
 
