@@ -23,6 +23,7 @@ from octavo.explanation import Explanation, explain_selection
 from octavo.input_processor import Prompt, default_sampling_params
 from octavo.interfaces.manifest import Manifest
 from octavo.outputs import RequestOutput
+from octavo.progress import MakeBar, generation_bar
 from octavo.sampling_params import SamplingParams
 from octavo.settings import Settings, as_settings
 from octavo.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool | MakeBar = True,
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
@@ -70,6 +72,7 @@ class LLM:
         Args:
             prompts: one or many; each a text, a list of token ids, or a dict with "prompt" or "prompt_token_ids".
             sampling_params: one for all, or one for each prompt; default `get_default_sampling_params()`.
+            use_tqdm: a progress bar, where standard error is a terminal; or what makes it, called as tqdm is.
             priority: one for all, or one for each prompt; lower is served earlier, default 0.
             tenant: who asks: one for all, or one (or None) for each prompt. Priority and tenant are for the scheduler
                 policy; one that does not go by them, such as the built-in "fcfs", passes over them.
@@ -79,14 +82,15 @@ class LLM:
             EngineDeadError: the engine stopped; the cause is chained.
         """
         wanted = _as_list(prompts)
-        outputs = self._add(
-            wanted,
-            self._params_for_each(sampling_params, len(wanted)),
-            _for_each(0 if priority is None else priority, len(wanted), "priorities"),
-            _for_each(tenant, len(wanted), "tenants"),
-        )
-        for _ in self._run(outputs):
-            pass
+        with generation_bar(len(wanted), use_tqdm) as show:
+            outputs = self._add(
+                wanted,
+                self._params_for_each(sampling_params, len(wanted)),
+                _for_each(0 if priority is None else priority, len(wanted), "priorities"),
+                _for_each(tenant, len(wanted), "tenants"),
+            )
+            for _ in self._run(outputs):
+                show(outputs)
         return outputs
 
     def chat(
@@ -94,18 +98,19 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        use_tqdm: bool | MakeBar = True,
         add_generation_prompt: bool = True,
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, each a list of {"role", "content"}, through the model's template.
 
-        `priority` and `tenant` as in `generate`, for each conversation.
+        `use_tqdm`, `priority` and `tenant` as in `generate`, for each conversation.
         """
         is_one = any(isinstance(message, Mapping) for message in messages)
         conversations: Sequence[Any] = [messages] if is_one else messages
         prompts = [self._chat_prompt(conversation, add_generation_prompt) for conversation in conversations]
-        return self.generate(prompts, sampling_params, priority=priority, tenant=tenant)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tenant=tenant)
 
     def stream(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -194,15 +193,11 @@ def _tensor(file: BinaryIO, name: str, entry: Mapping[str, Any], start: int, end
             f"{file.name} stores {name} as {entry['dtype']}, which this torch has no type for; those that are read "
             f"are {', '.join(_DTYPES)}."
         )
-    if start == end:
-        return torch.empty(entry["shape"], dtype=dtype)
-    # Memory of its own, given back with the tensor: in the heap, holes between what the layers make of the tensors
-    # would remain, a quarter of the weights.
-    memory = mmap.mmap(-1, end - start, access=mmap.ACCESS_COPY)
+    data = torch.empty(end - start, dtype=torch.uint8)
     file.seek(start)
-    if file.readinto(memory) != end - start:  # type: ignore[attr-defined]
+    if file.readinto(data.numpy()) != end - start:  # type: ignore[attr-defined]
         raise CheckpointError(f"{file.name} was cut short while it was read; fetch it again.")
-    return torch.frombuffer(memory, dtype=dtype).view(entry["shape"])
+    return data.view(dtype).view(entry["shape"])
 
 
 def _damage(path: Path, error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,10 +13,13 @@ import torch
 from torch import Tensor
 
 from octavo.errors import CheckpointError, ConfigError
+from octavo.progress import progress_bar
 
 Receiver = Callable[[Tensor], None]
 
 _MOST_NAMED = 8
+_NUM_TRIMS = 64
+"""How often free memory goes back while a model is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,14 +163,30 @@ class WeightLoader:
                 "are cut), but only whole tensors are loaded. Set tensor_parallel_size to 1."
             )
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, tensor in tensors:
-            shapes[name] = tuple(tensor.shape)
-            for expected, receive in self._receivers.pop(name, ()):
-                if shapes[name] == expected.shape:
-                    kept = (expected.part.of(tensor) if expected.part else tensor).to(expected.dtype)
-                    self.num_bytes += kept.nbytes
-                    receive(kept)
+        num_bytes_to_trim = 0
+        with progress_bar("Loading weights", self.expected_bytes, "B") as bar:
+            for name, tensor in tensors:
+                shapes[name] = tuple(tensor.shape)
+                for expected, receive in self._receivers.pop(name, ()):
+                    if shapes[name] == expected.shape:
+                        kept = (expected.part.of(tensor) if expected.part else tensor).to(expected.dtype)
+                        self.num_bytes += kept.nbytes
+                        bar.update(kept.nbytes)
+                        receive(kept)
+                if self.num_bytes >= num_bytes_to_trim:
+                    _return_free_memory()
+                    num_bytes_to_trim = self.num_bytes + self.expected_bytes // _NUM_TRIMS
         self.check(shapes, ignored)
+
+
+def _return_free_memory() -> None:
+    """Give the heap's free pages back to the system, where the C library can.
+
+    What a linear needs only while it is prepared is freed between what is kept. glibc holds on to such holes and does
+    not reuse one for an aligned block of the same size, so that they grow to a fifth of the weights.
+    """
+    if trim := getattr(ctypes.CDLL(None) if os.name == "posix" else None, "malloc_trim", None):
+        trim(0)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
