@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from tiny_model import token_ids_of, write_tiny_llama
 
-from octavo import model_source
-from octavo.errors import ModelNotFoundError
+from octavo import LLM, EngineConfig, explain, model_source
+from octavo.errors import CheckpointError, ModelNotFoundError
 from octavo.model_source import resolve_model
+from octavo.plan import make_plan
 
 
 class FakeHub:
-    """Stands for `snapshot_download`: one repository with a config, weights in two formats and a GGUF file."""
+    """Stands for `snapshot_download`: one repository with a config, weights in several formats and a GGUF file."""
 
-    files = ("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "model.gguf", "notes.md")
+    files = (
+        *("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "model.gguf", "notes.md"),
+        *("consolidated.safetensors", "original/params.json", "onnx/model.safetensors"),
+    )
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.calls: list[tuple[str, str | None]] = []
+        self.contents: dict[str, bytes] = {}
 
-    def __call__(self, repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def __call__(
+        self, repository: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None
+    ) -> str:
         self.calls.append((repository, revision))
-        for name in self.files:
-            if any(fnmatch(name, pattern) for pattern in allow_patterns):
-                (self.folder / name).touch()
+        for name in (*self.files, *self.contents):
+            if _matches(name, allow_patterns) and not _matches(name, ignore_patterns or []):
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                (self.folder / name).write_bytes(self.contents.get(name, b""))
         return str(self.folder)
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 @pytest.fixture
@@ -95,6 +109,49 @@ def test_hugging_face_id_is_fetched_without_pickles(hub: FakeHub) -> None:
     assert resolve_model("org/model", "v2") == hub.folder
     assert sorted(path.name for path in hub.folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert hub.calls == [("org/model", "v2")]
+
+
+def test_without_weights_only_what_tells_sizes_and_text_is_fetched(hub: FakeHub) -> None:
+    assert resolve_model("org/model", weights=False) == hub.folder
+    assert sorted(path.name for path in hub.folder.iterdir()) == ["config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda name: explain(name, dtype="float32"), lambda name: make_plan(EngineConfig(model=name, dtype="float32"))],
+)
+def test_plan_and_explain_fetch_no_weights(
+    ask: Callable[[str], object], hub: FakeHub, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tiny = write_tiny_llama(tmp_path_factory.mktemp("tiny"))
+    hub.contents = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    ask("org/model")
+    assert hub.calls == [("org/model", None)]
+    assert sorted(path.name for path in hub.folder.iterdir()) == sorted(
+        path.name for path in tiny.iterdir() if path.suffix == ".json"
+    )
+
+
+def test_a_tokenizer_is_fetched_from_another_model_without_its_weights(
+    hub: FakeHub, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tiny = write_tiny_llama(tmp_path_factory.mktemp("tiny"))
+    hub.contents = {path.name: path.read_bytes() for path in tiny.iterdir()}
+    with LLM(str(tiny), tokenizer="org/model", dtype="float32") as llm:
+        assert llm.get_tokenizer().encode("a") == [0, *token_ids_of("a")]
+    assert not (hub.folder / "model.safetensors").exists()
+
+
+def test_a_folder_with_a_tokenizer_alone_can_be_the_tokenizer(tmp_path: Path) -> None:
+    tiny = write_tiny_llama(tmp_path / "tiny")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tiny / name).rename(tokenizer / name)
+    with LLM(str(tiny), tokenizer=str(tokenizer), dtype="float32") as llm:
+        assert llm.get_tokenizer().encode("a") == [0, *token_ids_of("a")]
+    with pytest.raises(CheckpointError, match=r"has no config\.json; without it the model's sizes are unknown"):
+        LLM(str(tokenizer))
 
 
 def test_file_in_a_repository_is_fetched_alone(hub: FakeHub) -> None:

@@ -78,7 +78,7 @@ def _tokenizer_source(selection: Selection) -> Checkpoint:
     config = selection.config
     if config.tokenizer is None:
         return selection.files.checkpoint
-    path = resolve_model(config.tokenizer, config.revision)
+    path = resolve_model(config.tokenizer, config.revision, weights=False)
     source: Checkpoint = choose_checkpoint(selection.registry, path).get().build(str(path))
     return source
 

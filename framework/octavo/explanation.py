@@ -104,7 +104,7 @@ def explain(
         ModelNotFoundError, CheckpointError: the model is not there or not readable.
     """
     read = as_settings(model, config, settings)
-    return explain_selection(select(read.config), read)
+    return explain_selection(select(read.config, weights=False), read)
 
 
 def explain_selection(selection: Selection, settings: Settings) -> Explanation:

@@ -10,17 +10,21 @@ from octavo.errors import ModelNotFoundError
 
 DEMO = "demo"
 
-_WANTED_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_WANTED_FILES = ["*.json", "*.jinja"]
+_WEIGHT_FILES = ["*.safetensors"]
+_UNWANTED_FILES = ["*/*", "consolidated*"]
+"""Other formats' copies of the same weights, which no index names."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([\w./-]+\.gguf)")
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_model(model: str, revision: str | None = None, weights: bool = True) -> Path:
     """The folder or file of a model.
 
     Args:
         model: "demo"; a folder; a .gguf file; a Hugging Face id, "org/name"; or a file in one, "org/name/file.gguf".
         revision: branch, tag or commit of a Hugging Face id.
+        weights: False fetches only what tells a model's sizes and text, where its weights are in files of their own.
 
     Raises:
         ModelNotFoundError: there is no such thing, or no network to fetch it; says what was tried.
@@ -33,9 +37,9 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if _looks_local(model):
         raise ModelNotFoundError(f"There is no file or folder {path.absolute()}.")
     if match := _HUB_FILE.fullmatch(model):
-        return _from_hub(model, match[1], match[2], revision)
+        return _from_hub(model, match[1], match[2], revision, [match[2]])
     if _HUB_ID.fullmatch(model):
-        return _from_hub(model, model, None, revision)
+        return _from_hub(model, model, None, revision, _WANTED_FILES + (_WEIGHT_FILES if weights else []))
     raise ModelNotFoundError(
         f'{model!r} is no file or folder here ({path.absolute()}) and no Hugging Face id (those are "org/name"). '
         f"Give one of them, or {DEMO!r} for the demo model."
@@ -47,14 +51,19 @@ def _looks_local(model: str) -> bool:
     return model.startswith(("/", ".", "~")) or ("/" not in model and model.endswith(".gguf"))
 
 
-def _from_hub(model: str, repository: str, file: str | None, revision: str | None) -> Path:
+def _from_hub(model: str, repository: str, file: str | None, revision: str | None, wanted: list[str]) -> Path:
     # Here, not above: most starts need no hub.
     from huggingface_hub import constants, snapshot_download
 
     try:
         # Also for one file: hf_hub_download retries for half a minute when there is no network.
         folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_WANTED_FILES if file is None else [file])
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=wanted,
+                ignore_patterns=_UNWANTED_FILES if file is None else None,
+            )
         )
     except Exception as error:  # HTTP, proxy, file system, validation: the errors have no common root
         raise ModelNotFoundError(

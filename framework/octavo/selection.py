@@ -76,18 +76,19 @@ class Selection:
         )
 
 
-def select(config: EngineConfig, device: str | None = None) -> Selection:
+def select(config: EngineConfig, device: str | None = None, weights: bool = True) -> Selection:
     """Find the model and ask every candidate of every socket.
 
     Args:
         device: what to choose for, when it is not a device of this machine.
+        weights: False does not fetch them, as in `resolve_model`: an engine cannot be built then.
 
     Raises:
         ModelNotFoundError, CheckpointError: the model is not there or not readable.
         ConfigError: a setting is wrong. That a component cannot serve is kept in its Choice.
     """
     registry = default_registry(config.plugins)
-    files = open_model(registry, config.model, config.revision)
+    files = open_model(registry, config.model, config.revision, weights)
     model_config = files.model_config
     device = device or resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, model_config.dtype, device)
@@ -131,14 +132,14 @@ def select(config: EngineConfig, device: str | None = None) -> Selection:
     )
 
 
-def open_model(registry: Registry, model: str, revision: str | None = None) -> ModelFiles:
+def open_model(registry: Registry, model: str, revision: str | None = None, weights: bool = True) -> ModelFiles:
     """Find a model's files and open them with the checkpoint format that reads them.
 
     Raises:
         ModelNotFoundError, CheckpointError: the model is not there or not readable.
         UnavailableComponentError: no installed checkpoint format reads it.
     """
-    path = resolve_model(model, revision)
+    path = resolve_model(model, revision, weights)
     choice = choose_checkpoint(registry, path)
     checkpoint: Checkpoint = choice.get().build(str(path))
     model_config = ModelConfig.from_dict(checkpoint.config(), checkpoint.generation_config())

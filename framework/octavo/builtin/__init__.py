@@ -92,6 +92,13 @@ def octavo_components() -> list[Spec]:
             target="octavo.builtin.hf_checkpoint:HuggingFaceCheckpoint",
             folder_files=("config.json",),
         ),
+        CheckpointSpec(
+            name="huggingface-tokenizer",
+            summary="Folders with tokenizer.json alone, for a model of another folder or file",
+            target="octavo.builtin.hf_checkpoint:HuggingFaceCheckpoint",
+            folder_files=("tokenizer.json",),
+            priority=-1,
+        ),
         CommandSpec(
             name="generate", summary="Complete prompts and print the completions", target="octavo.cli.generate"
         ),

@@ -47,7 +47,7 @@ def make_plan(
     def count(config: EngineConfig) -> tuple[Plan, Sizer, Selection]:
         # A device whose memory is told need not be here.
         elsewhere = config.device if memory_bytes is not None and config.device != "auto" else None
-        selection = select(config, device=elsewhere)
+        selection = select(config, device=elsewhere, weights=False)
         sizer = Sizer(selection, max_lora_rank)
         sizes = sizer.sizes(config.tensor_parallel_size)
         headers = selection.files.checkpoint.tensor_headers()
