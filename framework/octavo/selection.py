@@ -6,7 +6,7 @@ config -> plugins -> [selection] -> manifest. What `assemble` builds, what `expl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from octavo.config import ComponentConfig, EngineConfig
@@ -114,6 +114,7 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
     if config.proposer.name != "none":
         needs["proposer"] = (Need(device=device, dtype=dtype), config.proposer)
     choices = {kind: registry.choose(kind, each, wish.name, wish.options) for kind, (each, wish) in needs.items()}
+    choices["model"] = _without_its_own_code(choices["model"], files.checkpoint)
     return Selection(
         registry=registry,
         config=config,
@@ -150,6 +151,18 @@ def choose_checkpoint(registry: Registry, path: Path) -> Choice:
     """Which checkpoint format reads this folder or file."""
     filenames = tuple(sorted(entry.name for entry in path.iterdir())) if path.is_dir() else (path.name,)
     return registry.choose("checkpoint", CheckpointNeed(path=str(path), filenames=filenames))
+
+
+def _without_its_own_code(choice: Choice, checkpoint: Checkpoint) -> Choice:
+    """The choice of a model; where there is none, say that the checkpoint's own code is not a way out."""
+    if choice.error is None or "auto_map" not in checkpoint.config():
+        return choice
+    error = type(choice.error)(
+        f"{choice.error}\nThe checkpoint names Python code of its own for it (auto_map in config.json). Such code is never "
+        "run: a plugin that you install is the way to bring code."
+    )
+    error.__cause__ = choice.error.__cause__
+    return replace(choice, error=error)
 
 
 def _quantization_need(model_config: ModelConfig, device: str, dtype: str) -> QuantizationNeed:
