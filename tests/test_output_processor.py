@@ -12,6 +12,7 @@ from octavo.builtin.hf_checkpoint import HuggingFaceCheckpoint
 from octavo.engine.engine import EngineOutput
 from octavo.errors import RequestError
 from octavo.output_processor import OutputProcessor, ProcessedOutputs, snapshot
+from octavo.outputs import Logprob, RequestMetrics, TokenLogprobs
 from octavo.tokenizer import Tokenizer
 
 
@@ -163,11 +164,58 @@ def test_the_times_and_counts_of_a_request_are_kept(outputs: OutputProcessor) ->
     assert (output.num_cached_tokens, metrics.num_preemptions) == (16, 2)
 
 
+def test_metrics_say_how_long_each_stage_took_once_it_has_ended() -> None:
+    metrics = RequestMetrics(arrival_time=1.0)
+    stages = ("queue_seconds", "ttft_seconds", "decode_seconds", "e2e_seconds")
+    assert [getattr(metrics, stage) for stage in stages] == [None] * 4
+    metrics.first_scheduled_time, metrics.first_token_time, metrics.last_token_time = 1.5, 3.0, 7.0
+    assert [getattr(metrics, stage) for stage in stages] == [0.5, 2.0, 4.0, 6.0]
+
+
+def some_logprobs(text: str) -> list[TokenLogprobs]:
+    """Of each character -1, and of "~" beside it -0.5."""
+    other = token_ids_of("~")[0]
+    return [TokenLogprobs(token_ids=(one, other), logprobs=(-1.0, -0.5), rank=2) for one in token_ids_of(text)]
+
+
+def test_logprobs_come_with_their_tokens_and_sum_up(outputs: OutputProcessor) -> None:
+    completion = add(outputs, logprobs=1).outputs[0]
+    assert (completion.logprobs, completion.cumulative_logprob) == ([], 0.0)
+    process(outputs, said("a", "he", logprobs=some_logprobs("he")))
+    process(outputs, said("a", "y", "length", logprobs=some_logprobs("y")))
+    assert completion.cumulative_logprob == -3.0
+    (y,), (tilde,) = token_ids_of("y"), token_ids_of("~")
+    assert completion.logprobs is not None
+    assert completion.logprobs[2] == {y: Logprob(-1.0, 2, "y"), tilde: Logprob(-0.5, 1, "~")}
+
+
+def test_tokens_of_one_step_behind_a_stop_string_are_dropped_with_their_logprobs(outputs: OutputProcessor) -> None:
+    completion = add(outputs, logprobs=1, stop="o w").outputs[0]
+    process(outputs, said("a", "hello world", logprobs=some_logprobs("hello world")))
+    assert completion.text == "hell"
+    assert completion.token_ids == token_ids_of("hello w")
+    assert completion.logprobs is not None
+    assert (len(completion.logprobs), completion.cumulative_logprob) == (7, -7.0)
+
+
+def test_a_prompt_s_logprobs_are_those_of_whichever_completion_computed_it(outputs: OutputProcessor) -> None:
+    output = add(outputs, n=3, prompt_logprobs=0)
+    process(outputs, said("a/0", "x"))  # a fork: it computed nothing
+    assert output.prompt_logprobs is None
+    process(outputs, said("a/1", "x", prompt_logprobs=some_logprobs("rompt")))
+    first = output.prompt_logprobs
+    assert first is not None
+    assert [None if entry is None else next(iter(entry)) for entry in first] == [None, *token_ids_of("rompt")]
+    process(outputs, said("a/2", "x", prompt_logprobs=some_logprobs("rompt")))
+    assert output.prompt_logprobs is first
+
+
 def test_a_snapshot_does_not_change_with_later_steps(outputs: OutputProcessor) -> None:
-    output = add(outputs)
-    process(outputs, said("a", "x"), now=3.0)
+    output = add(outputs, logprobs=0)
+    process(outputs, said("a", "x", logprobs=some_logprobs("x")), now=3.0)
     taken = snapshot(output)
-    process(outputs, said("a", "y", "length"), now=4.0)
+    process(outputs, said("a", "y", "length", logprobs=some_logprobs("y")), now=4.0)
+    assert (taken.outputs[0].cumulative_logprob, len(taken.outputs[0].logprobs or [])) == (-1.0, 1)
     assert (taken.outputs[0].text, taken.outputs[0].token_ids, taken.finished) == ("x", token_ids_of("x"), False)
     assert taken.metrics is not None
     assert taken.metrics.last_token_time == 3.0
