@@ -60,7 +60,9 @@ def assemble(config: EngineConfig) -> Assembly:
         assembly = Assembly(
             engine=Engine(scheduler, executor, config.max_steps_in_flight, failures),
             tokenizer=tokenizer,
-            inputs=InputProcessor(tokenizer, selection.files.model_config, max_model_len, config.seed),
+            inputs=InputProcessor(
+                tokenizer, selection.files.model_config, max_model_len, config.seed, config.max_logprobs
+            ),
             outputs=OutputProcessor(tokenizer),
             model_config=selection.files.model_config,
             selection=selection,

@@ -11,13 +11,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 from octavo.assemble import assemble
 from octavo.errors import EngineDeadError, RequestError
 from octavo.explanation import Explanation, explain_selection
-from octavo.input_processor import Prompt
+from octavo.input_processor import Prompt, default_sampling_params
 from octavo.output_processor import snapshot
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -81,7 +82,7 @@ class AsyncLLM:
             RequestError: the prompt or its parameters cannot be served, or the id is in use.
             EngineDeadError: the engine stopped; the cause is chained.
         """
-        params = sampling_params or SamplingParams()
+        params = sampling_params if sampling_params is not None else self._default_params
         name = request_id if request_id is not None else f"request-{next(self._request_ids)}"
         text, token_ids = self._assembly.inputs.tokenize(prompt)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
@@ -107,6 +108,10 @@ class AsyncLLM:
         """What was chosen for every socket, what was refused and why, and where each setting is from."""
         return explain_selection(self._assembly.selection, self.settings)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is sampled with when none are given, as `LLM.get_default_sampling_params`."""
+        return self._default_params
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer: encode, decode, apply_chat_template."""
         return self._assembly.tokenizer
@@ -128,6 +133,11 @@ class AsyncLLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+    @cached_property
+    def _default_params(self) -> SamplingParams:
+        recommended = self._assembly.selection.files.checkpoint.generation_config()
+        return default_sampling_params(self.config.generation_config, recommended)
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
@@ -179,7 +189,9 @@ class AsyncLLM:
             if request_id in self._open:
                 raise RequestError(f"Request id {request_id!r} is in use; ids must be unique while they run.")
             request = self._assembly.inputs.request(request_id, token_ids, params, priority=priority, tenant=tenant)
-            output = self._assembly.outputs.add(request_id, text, token_ids, params, request.arrival_time)
+            output = self._assembly.outputs.add(
+                request_id, text, request.prompt_token_ids, params, request.arrival_time
+            )
             self._assembly.engine.add(request)
         except Exception as error:  # whatever it is, it is this request's
             self._end(output)
