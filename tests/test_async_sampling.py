@@ -1,4 +1,4 @@
-"""AsyncLLM samples as LLM does: the checkpoint's recommendations, the limits of the configuration, the prompt as cut."""
+"""AsyncLLM samples as LLM does: the checkpoint's recommendations, the limit of logprobs, the prompt as cut."""
 
 from __future__ import annotations
 
