@@ -158,8 +158,8 @@ def _without_its_own_code(choice: Choice, checkpoint: Checkpoint) -> Choice:
     if choice.error is None or "auto_map" not in checkpoint.config():
         return choice
     error = type(choice.error)(
-        f"{choice.error}\nThe checkpoint names Python code of its own for it (auto_map in config.json). Such code is never "
-        "run: a plugin that you install is the way to bring code."
+        f"{choice.error}\nThe checkpoint names Python code of its own for it (auto_map in config.json). Such code is "
+        "never run: a plugin that you install is the way to bring code."
     )
     error.__cause__ = choice.error.__cause__
     return replace(choice, error=error)

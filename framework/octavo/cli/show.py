@@ -9,15 +9,21 @@ from octavo.llm import LLM
 from octavo.outputs import RequestOutput
 
 
-def print_text(stream: Iterable[RequestOutput]) -> str:
-    """Print a growing output piece by piece and return its text; Ctrl-C ends it and keeps what is there."""
+def print_text(stream: Iterable[RequestOutput], *, can_be_stopped: bool = False) -> str:
+    """Print a growing output piece by piece and return its text.
+
+    Args:
+        can_be_stopped: Ctrl-C ends the text and keeps what is there; else it ends the line and is raised again.
+    """
     text = ""
     try:
         for output in stream:
             print(output.outputs[0].text[len(text) :], end="", flush=True)
             text = output.outputs[0].text
     except KeyboardInterrupt:
-        print(" [stopped]", end="")
+        print(" [stopped]", end="" if can_be_stopped else "\n", flush=True)
+        if not can_be_stopped:
+            raise
     print()
     return text
 
