@@ -172,7 +172,7 @@ class PersistentBatch:
         self._seed[row], self._sample_index[row] = new.seed, new.sample_index
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
-        if params.prompt_logprobs is not None:
+        if params.prompt_logprobs is not None and len(new.token_ids) == new.num_prompt_tokens:  # else they were told
             self._prompt_logprobs[row] = (new.num_prompt_tokens, params.prompt_logprobs)
 
     def inputs(self, step: Step) -> StepInputs:
