@@ -52,9 +52,13 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("llm", "async_llm"),
         ("data", "interfaces", "text", "engine", "processors", "beam_search", "settings", "assembly", "explanation"),
     ),
+    "bench": (("bench",), ("data", "processors")),
     "cli": (
         ("cli", "__main__"),
-        ("data", "specs", "plugins", "settings", "text", "sources", "plan", "explanation", "entry"),
+        (
+            *("data", "specs", "plugins", "settings", "text", "sources", "plan", "explanation"),
+            *("processors", "entry", "bench"),
+        ),
     ),
     "builtin": (("builtin",), ("data", "specs", "interfaces", "nn", "runner")),
     "testing": (

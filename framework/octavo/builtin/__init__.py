@@ -103,6 +103,7 @@ def octavo_components() -> list[Spec]:
             name="generate", summary="Complete prompts and print the completions", target="octavo.cli.generate"
         ),
         CommandSpec(name="chat", summary="Talk with a model in the terminal", target="octavo.cli.chat"),
+        CommandSpec(name="bench", summary="Measure throughput or latency of a model here", target="octavo.cli.bench"),
         CommandSpec(name="plan", summary="Count what a model takes of memory, and what fits", target="octavo.cli.plan"),
         CommandSpec(name="plugins", summary="List plugins, their states and components", target="octavo.cli.plugins"),
         CommandSpec(
