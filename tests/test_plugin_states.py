@@ -14,7 +14,7 @@ from octavo.config import PluginsConfig
 from octavo.errors import ConfigError, PluginError, UnavailableComponentError, UnknownNameError
 from octavo.plugins.host import Plugin, PluginRules, PluginState, discover
 from octavo.plugins.registry import Registry, default_registry
-from octavo.plugins.specs import Need
+from octavo.plugins.specs import SPEC_KINDS, Need
 
 EVERYTHING = PluginRules()
 
@@ -89,9 +89,7 @@ def test_spec_of_a_kind_this_core_does_not_know_is_named_with_the_kinds_it_knows
     plugin = plugin_named("lottery")
     assert plugin.state is PluginState.BROKEN
     assert "octavo_components() returned RouterSpec(name='x') of kind 'router'; octavo " in plugin.reason
-    assert plugin.reason.endswith(
-        "knows the kinds attention, quantization, model, checkpoint, scheduler, executor, command"
-    )
+    assert plugin.reason.endswith(f"knows the kinds {', '.join(SPEC_KINDS)}")
     assert plugin.location == f"{file}:8"
 
 

@@ -128,7 +128,7 @@ class InputProcessor:
         if len(prompt_token_ids) >= self._max_model_len:
             raise RequestError(
                 f"The prompt has {len(prompt_token_ids)} tokens; max_model_len is {self._max_model_len} and one output "
-                "token needs room too. Shorten the prompt or raise max_model_len."
+                "token needs room too. Shorten the prompt, or raise max_model_len or kv_cache_memory_bytes."
             )
 
     def _check_params(self, params: SamplingParams) -> None:

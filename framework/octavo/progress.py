@@ -41,7 +41,7 @@ def progress_bar(
     if make_bar is not None:
         bar = make_bar(total=total, desc=description, unit=unit)
     else:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         is_bytes = unit == "B"
         # disable=None: when standard error is no terminal
