@@ -24,6 +24,7 @@ from octavo.plugins.specs import (
     LogitsRuleSpec,
     ModelNeed,
     Need,
+    ProposerSpec,
     QuantizationNeed,
 )
 from octavo.runner.device import resolve_device, resolve_dtype
@@ -46,6 +47,7 @@ class Selection:
     Attributes:
         config: what the user asked for; `device`, `dtype` and `max_model_len` are what its "auto" came to.
         choices: by socket, as in Manifest.components.
+        draft_model: of the proposer's own model, where it has one.
     """
 
     registry: Registry
@@ -57,6 +59,7 @@ class Selection:
     attention_need: AttentionNeed
     choices: Mapping[str, Choice]
     logits_rules: Choices
+    draft_model: Selection | None
 
     def manifest(self) -> Manifest:
         """What to build.
@@ -73,6 +76,7 @@ class Selection:
             attention_need=self.attention_need,
             components={socket: choice.get() for socket, choice in self.choices.items()},
             logits_rules=self.logits_rules.get(),
+            draft_model=None if self.draft_model is None else self.draft_model.manifest(),
         )
 
 
@@ -130,6 +134,7 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
             lambda spec: isinstance(spec, LogitsRuleSpec) and spec.always,
             [(wish.name, wish.options) for wish in config.logits_rules],
         ),
+        draft_model=_select_draft_model(registry, config, choices.get("proposer"), device, max_model_len, weights),
     )
 
 
@@ -184,3 +189,19 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
             f"Set max_model_len to at most {longest}."
         )
     return config.max_model_len or model_config.max_position_embeddings
+
+
+def _select_draft_model(
+    registry: Registry, config: EngineConfig, proposer: Choice | None, device: str, max_model_len: int, weights: bool
+) -> Selection | None:
+    """With the engine's settings, but for those about one model alone; the proposer's options go before both."""
+    specs = [one.spec for one in proposer.candidates if one.chosen] if proposer is not None else []
+    if proposer is None or not any(isinstance(spec, ProposerSpec) and spec.draft_model for spec in specs):
+        return None
+    about_one = ("tokenizer", "revision", "quantization", "kv_cache_memory_bytes", "logits_rules", "proposer")
+    settings = {name: value for name, value in config.model_dump().items() if name not in about_one}
+    options = proposer.get().options
+    settings |= {name: options[name] for name in EngineConfig.model_fields if options.get(name) is not None}
+    files = open_model(registry, str(settings["model"]), settings.get("revision"), weights)
+    settings["max_model_len"] = min(max_model_len, files.model_config.longest_context)
+    return select(EngineConfig.create(**settings), device, weights)

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from octavo.interfaces.model import LayerFactory as LayerFactory
     from octavo.interfaces.model import ModelArchitecture as ModelArchitecture
     from octavo.interfaces.proposer import Continuation as Continuation
+    from octavo.interfaces.proposer import IncrementalModel as IncrementalModel
     from octavo.interfaces.proposer import Proposer as Proposer
+    from octavo.interfaces.proposer import ProposerContext as ProposerContext
     from octavo.interfaces.quantization import LinearShape as LinearShape
     from octavo.interfaces.quantization import ParameterSpec as ParameterSpec
     from octavo.interfaces.quantization import QuantizationMethod as QuantizationMethod
@@ -56,7 +58,7 @@ _MODULES = {
     "logits_rule": ("LogitsRule", "RuleLimits"),
     "manifest": ("ChosenComponent", "Manifest"),
     "model": ("ForwardContext", "LayerFactory", "ModelArchitecture"),
-    "proposer": ("Continuation", "Proposer"),
+    "proposer": ("Continuation", "IncrementalModel", "Proposer", "ProposerContext"),
     "quantization": ("LinearShape", "ParameterSpec", "QuantizationMethod"),
     "scheduling": ("SchedulerPolicy",),
 }

@@ -63,6 +63,7 @@ class Manifest:
         components: the chosen component of each socket: "checkpoint", "model", "quantization", "attention.prefill",
             "attention.decode" (often the same), "scheduler", "executor", and "proposer" when one was asked for.
         logits_rules: those that apply, in the order they do.
+        draft_model: what the proposer's own model is built of, where it has one.
     """
 
     model_path: str
@@ -73,3 +74,4 @@ class Manifest:
     attention_need: AttentionNeed
     components: Mapping[str, ChosenComponent]
     logits_rules: tuple[ChosenComponent, ...] = ()
+    draft_model: Manifest | None = None

@@ -45,10 +45,32 @@ class ProposerContext:
     Attributes:
         manifest: what is built in this process.
         vocab_size: of the model it guesses for.
+        draft_model: the model that its options name, when its spec says `draft_model`; it has the same vocabulary.
     """
 
     manifest: Manifest
     vocab_size: int
+    draft_model: IncrementalModel | None = None
+
+
+class IncrementalModel(ABC):
+    """A model that runs beside the served one. Not a plugin's to write: what a proposer is given.
+
+    It keeps what it has computed of each request in a KV cache of its own, so that whoever asks again and again, as a
+    text grows, pays for the new tokens only.
+    """
+
+    @abstractmethod
+    def next_tokens(self, continuations: Sequence[Continuation]) -> dict[str, int]:
+        """By request id, the token that this model would sample next, with the request's own parameters and noise.
+
+        `max_drafts` is not read. Where tokens differ from those of the call before, they are computed again from the
+        first difference on. Requests for which there is no room, in its positions or its KV cache, are missing.
+        """
+
+    @abstractmethod
+    def forget(self, request_id: str) -> None:
+        """Free what is kept of a request; an unknown one is no error."""
 
 
 class Proposer(ABC):

@@ -74,6 +74,11 @@ KNOWN_PACKAGES = (
         serves=frozenset({"*"}),
     ),
     KnownPackage(
+        distribution="octavo-proposer-draft-model",
+        kind="proposer",
+        names=frozenset({"draft_model"}),
+    ),
+    KnownPackage(
         distribution="octavo-proposer-ngram",
         kind="proposer",
         names=frozenset({"ngram"}),

@@ -307,6 +307,8 @@ class ProposerSpec(Spec):
     kind: ClassVar[str] = "proposer"
     noun: ClassVar[str] = "proposer"
 
+    draft_model: bool = False  # its option `model` is a model that the core loads for it beside the served one
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandSpec(Spec):

@@ -63,6 +63,26 @@ def num_kv_blocks(config: EngineConfig, max_model_len: int, budget: int, bytes_p
     return min(budget // bytes_per_block, config.max_num_seqs * blocks_for(config, max_model_len))
 
 
+def without_draft_kv(
+    served: EngineConfig, draft: EngineConfig, budget: int, served_bytes_per_block: int, draft_bytes_per_block: int
+) -> int:
+    """Of a budget for two models the bytes that the served one's KV cache may take; a number of the user's is kept to.
+
+    The draft model takes what the user gives it, or as many blocks as the served one: it holds the same requests.
+    """
+    if served.kv_cache_memory_bytes is not None:
+        return budget
+    if draft.kv_cache_memory_bytes is not None:
+        return max(0, budget - draft.kv_cache_memory_bytes)
+    return budget // (served_bytes_per_block + draft_bytes_per_block) * served_bytes_per_block
+
+
+def num_draft_kv_blocks(draft: EngineConfig, max_model_len: int, num_served_blocks: int, bytes_per_block: int) -> int:
+    """Blocks of the draft model's own KV cache, at least one: requests it has no room for go without its guesses."""
+    budget = draft.kv_cache_memory_bytes or num_served_blocks * bytes_per_block
+    return max(1, num_kv_blocks(draft, max_model_len, budget, bytes_per_block))
+
+
 def num_needed_blocks(config: EngineConfig) -> int:
     """Without which no engine starts: one request of the length the user asked for, or one block."""
     return blocks_for(config, config.max_model_len or 1)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-import torch
-
-from octavo.interfaces.attention import BatchLimits
-from octavo.interfaces.checkpoint import Checkpoint
 from octavo.interfaces.executor import ExecutorReport, Step, StepOutput
 from octavo.interfaces.logits_rule import RuleLimits
 from octavo.interfaces.manifest import Manifest
-from octavo.interfaces.model import ModelArchitecture
-from octavo.interfaces.proposer import ProposerContext
-from octavo.interfaces.quantization import QuantizationMethod
-from octavo.model_config import ModelConfig
-from octavo.nn.factory import DeviceLayerFactory
-from octavo.nn.split_attention import build_attention
-from octavo.nn.weights import WeightLoader
+from octavo.interfaces.proposer import IncrementalModel, ProposerContext
 from octavo.runner.drafting import Drafter
-from octavo.runner.kv_cache import check_num_kv_blocks, device_memory, kv_cache_budget, num_kv_blocks
-from octavo.runner.model_runner import ModelRunner
+from octavo.runner.incremental_model import PagedIncrementalModel
+from octavo.runner.kv_cache import (
+    check_num_kv_blocks,
+    device_memory,
+    kv_cache_budget,
+    num_draft_kv_blocks,
+    num_kv_blocks,
+    without_draft_kv,
+)
+from octavo.runner.loaded_model import LoadedModel, check_same_vocabulary, load_model
+
+logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -30,57 +31,32 @@ class Worker:
 
     def __init__(self, manifest: Manifest) -> None:
         self._phases: list[tuple[str, float]] = []
-        chosen = manifest.components
-        checkpoint: Checkpoint = chosen["checkpoint"].build(manifest.model_path)
-        config = ModelConfig.from_dict(checkpoint.config(), checkpoint.generation_config())
-        dtype: torch.dtype = getattr(torch, manifest.dtype)
-        engine = manifest.config
-        attention = build_attention(chosen["attention.prefill"], chosen["attention.decode"], manifest.attention_need)
-        loader = WeightLoader()
-        with self._phase("build model"):
-            method: QuantizationMethod = chosen["quantization"].build(config.quantization, dtype, manifest.device)
-            factory = DeviceLayerFactory(method, attention, loader)
-            model: ModelArchitecture = chosen["model"].build(config, factory)
-            rotary = factory.rotary_tables(manifest.max_model_len)
-        with self._phase("load weights"):
-            loader.load(checkpoint.tensors(), model.ignored_names())
+        model, draft = load_model(manifest, self._phase), None
+        if manifest.draft_model is not None:
+            with self._phase("load draft model"):
+                check_same_vocabulary(manifest, manifest.draft_model)
+                draft = load_model(manifest.draft_model, lambda _phase: nullcontext())
+        engine, bytes_per_block = manifest.config, model.bytes_per_block
         with self._phase("allocate KV cache"):
-            layout = attention.kv_layout()
-            bytes_per_block = layout.bytes_per_block * config.num_layers
             budget = kv_cache_budget(engine, device_memory(manifest.device), manifest.device)
+            if draft is not None:
+                budget = without_draft_kv(engine, draft.manifest.config, budget, bytes_per_block, draft.bytes_per_block)
             num_blocks = num_kv_blocks(engine, manifest.max_model_len, budget, bytes_per_block)
             check_num_kv_blocks(engine, num_blocks, budget, bytes_per_block)
-            kv_caches = [layout.allocate(num_blocks, manifest.device) for _ in range(config.num_layers)]
-        rule_limits = RuleLimits(
-            max_num_requests=engine.max_num_seqs, vocab_size=config.vocab_size, device=manifest.device
-        )
-        self._runner = ModelRunner(
-            model,
-            rotary,
-            attention,
-            kv_caches,
-            BatchLimits(
-                max_num_requests=engine.max_num_seqs,
-                max_num_tokens=engine.max_num_batched_tokens,
-                max_model_len=manifest.max_model_len,
-                block_size=engine.block_size,
-                device=manifest.device,
-            ),
-            rules=[rule.build(rule_limits) for rule in manifest.logits_rules],
-            drafter=None
-            if "proposer" not in chosen
-            else Drafter(
-                chosen["proposer"].build(ProposerContext(manifest=manifest, vocab_size=config.vocab_size)),
-                name=chosen["proposer"].full_name,
-                num_drafts=engine.num_speculative_tokens,
-                vocab_size=config.vocab_size,
-                max_model_len=manifest.max_model_len,
-            ),
-        )
+            kv_cache_bytes = num_blocks * bytes_per_block
+            beside, draft_kv_bytes = _beside(draft, num_blocks) if draft is not None else (None, 0)
+            rule_limits = RuleLimits(
+                max_num_requests=engine.max_num_seqs, vocab_size=model.config.vocab_size, device=manifest.device
+            )
+            self._runner = model.make_runner(
+                num_blocks,
+                rules=[rule.build(rule_limits) for rule in manifest.logits_rules],
+                drafter=_drafter(model, beside),
+            )
         self.report = ExecutorReport(
             num_blocks=num_blocks,
-            kv_cache_bytes=num_blocks * bytes_per_block,
-            weight_bytes=loader.num_bytes,
+            kv_cache_bytes=kv_cache_bytes + draft_kv_bytes,
+            weight_bytes=model.weight_bytes + (draft.weight_bytes if draft is not None else 0),
             phases=tuple(self._phases),
         )
 
@@ -92,3 +68,34 @@ class Worker:
         start = time.monotonic()
         yield
         self._phases.append((name, time.monotonic() - start))
+
+
+def _beside(draft: LoadedModel, num_served_blocks: int) -> tuple[IncrementalModel, int]:
+    """The proposer's own model, ready to run, and the bytes of its KV cache."""
+    manifest = draft.manifest
+    num_blocks = num_draft_kv_blocks(manifest.config, manifest.max_model_len, num_served_blocks, draft.bytes_per_block)
+    kv_cache_bytes = num_blocks * draft.bytes_per_block
+    logger.info(
+        "Draft model %s takes %s bytes of weights and %s bytes of KV cache (%d blocks)",
+        manifest.config.model,
+        f"{draft.weight_bytes:,}",
+        f"{kv_cache_bytes:,}",
+        num_blocks,
+    )
+    return PagedIncrementalModel(draft.make_runner(num_blocks), draft.limits, num_blocks), kv_cache_bytes
+
+
+def _drafter(model: LoadedModel, beside: IncrementalModel | None) -> Drafter | None:
+    """The proposer that was chosen, behind its guard."""
+    manifest, vocab_size = model.manifest, model.config.vocab_size
+    chosen = manifest.components.get("proposer")
+    if chosen is None:
+        return None
+    context = ProposerContext(manifest=manifest, vocab_size=vocab_size, draft_model=beside)
+    return Drafter(
+        chosen.build(context),
+        name=chosen.full_name,
+        num_drafts=manifest.config.num_speculative_tokens,
+        vocab_size=vocab_size,
+        max_model_len=manifest.max_model_len,
+    )
