@@ -23,6 +23,8 @@ SOCKETS = (
 """In the order they are shown; the proposer only when one was asked for."""
 
 
+_WIDEST = 40
+
 NOTHING = Choice(kind="proposer", candidates=())
 """What came of a socket that nothing was asked for."""
 
@@ -226,7 +228,8 @@ def _lines(explanation: Explanation) -> Iterator[str]:
         yield from (f"  {name}: {fault}" for name, fault in explanation.failed_plugins.items())
     yield "\nsettings"
     rows = [(one.name, _shown(one.value), str(one.source)) for one in explanation.settings]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    # A long list takes the room it needs, without pushing every other row's source away.
+    widths = [max(len(row[column]) for row in rows if len(row[column]) <= _WIDEST) for column in (0, 1)]
     yield from (f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 
 
@@ -241,4 +244,6 @@ def _origin(one: ExplainedCandidate) -> str:
 def _shown(value: object) -> str:
     if value is None:
         return "-"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
