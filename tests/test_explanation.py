@@ -303,6 +303,15 @@ CONFIGS: list[dict[str, Any]] = [
     {"block_size": 0},
     {"plugins": {"deny": ["x"], "strict": True}},
     {"plugins": {"denied": ["x"]}},
+    {"attention": {"name": "torch", "prefill": "torch"}},
+    {"attention": {"name": "torch", "num_kv_splits": 8}},
+    {"scheduler": {"num_tickets": 4}},
+    {"scheduler": {"num_ticket": 4}},
+    {"proposer": "none"},
+    {"proposer": "no_such"},
+    {"proposer": {"name": "none", "model": "demo"}},
+    {"logits_rules": ["penalties"]},
+    {"logits_rules": ["no_such"]},
 ]
 
 

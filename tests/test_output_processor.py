@@ -135,7 +135,7 @@ def test_what_was_held_back_for_a_stop_string_is_shown_at_the_end(outputs: Outpu
 def test_aborting_ends_what_is_unfinished(outputs: OutputProcessor) -> None:
     output = add(outputs, n=3)
     process(outputs, said("a/1", "x", "length"))
-    assert outputs.abort(output) == ["a/0", "a/2"]
+    assert outputs.abort(output) == ["a/2", "a/0"]
     assert [completion.finish_reason for completion in output.outputs] == ["abort", "length", "abort"]
     assert outputs.abort(output) == []
 

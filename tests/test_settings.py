@@ -180,6 +180,22 @@ def test_another_component_starts_without_the_options_of_the_one_it_replaces(tmp
     assert "attention.num_kv_splits" not in settings.sources
 
 
+def test_an_option_given_without_a_name_stays_when_a_name_is_given_over_it() -> None:
+    settings = read_settings({"attention": "triton"}, None, {"OCTAVO_ATTENTION__NUM_KV_SPLITS": "8"})
+    assert (settings.config.attention.name, settings.config.attention.options) == ("triton", {"num_kv_splits": 8})
+
+
+def test_a_side_that_is_null_falls_to_the_name_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "octavo.yaml").write_text("attention: {name: torch, prefill: null}")
+    wishes = read_settings({}, tmp_path / "octavo.yaml", {}).config.attention.wishes
+    assert [wish.name for wish in wishes] == ["torch", "torch"]
+
+
+def test_options_of_no_proposer_are_refused() -> None:
+    with pytest.raises(ConfigError, match="model was given, but no proposer"):
+        read_settings({"proposer": {"model": "demo"}}, None, {"OCTAVO_PROPOSER": "none"})
+
+
 def test_the_environment_can_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "octavo.yaml"
     file.write_text("max_num_seqs: 3")

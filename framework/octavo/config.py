@@ -131,6 +131,13 @@ class EngineConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError("; ".join(_fault(fault, _sources or {}) for fault in error.errors())) from error
 
+    @field_validator("proposer")
+    @classmethod
+    def _none_has_no_options(cls, proposer: ComponentConfig) -> ComponentConfig:
+        if proposer.name == "none" and proposer.options:
+            raise ValueError(f"{', '.join(proposer.options)} was given, but no proposer; name the one it is for.")
+        return proposer
+
     @field_validator("logits_rules", mode="before")
     @classmethod
     def _names_are_short_for_components(cls, value: object) -> object:

@@ -12,7 +12,7 @@ from octavo.plugins.registry import Registry
 from octavo.plugins.specs import Spec
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
-KINDS = ("attention", "quantization", "scheduler", "executor")
+KINDS = ("attention", "quantization", "scheduler", "executor", "proposer")
 
 
 def check_components(registry: Registry, config: EngineConfig) -> None:
@@ -53,28 +53,40 @@ def config_schema(registry: Registry) -> dict[str, Any]:
     for unused in ("AttentionConfig", "ComponentConfig"):
         definitions.pop(unused)
     for kind in KINDS:
-        description = schema["properties"][kind]["description"]
-        choices = list(_component_schemas(registry, kind, definitions))
+        default = EngineConfig.model_fields[kind].default.name
+        described = {"description": schema["properties"][kind]["description"], "default": default}
+        components = list(_component_schemas(registry, kind, definitions, {"auto", default}))
         if kind == "attention":
-            definitions["attention_side"] = {"anyOf": choices}
-            side = {"$ref": "#/$defs/attention_side"}
-            apart = {"type": "object", "properties": {"prefill": side, "decode": side}, "additionalProperties": False}
-            choices = [side, apart]
-        schema["properties"][kind] = {"description": description, "default": "auto", "anyOf": choices}
+            definitions["attention_side"] = {"anyOf": components}
+            components += _with_sides(registry, definitions)
+        schema["properties"][kind] = {**described, "anyOf": components}
+    rules = list(_component_schemas(registry, "logits_rule", definitions, set()))
+    schema["properties"]["logits_rules"] |= {"items": {"anyOf": rules}}
     return schema
 
 
-def _component_schemas(registry: Registry, kind: str, definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _component_schemas(
+    registry: Registry, kind: str, definitions: dict[str, Any], words: set[str]
+) -> Iterator[dict[str, Any]]:
+    """A name or one of `words` alone, or a component with its options, which may go without its name."""
     candidates = registry.candidates(kind)
-    names = sorted({registry.short_name(one) for one in candidates} | {one.full_name for one in candidates})
-    yield {"enum": ["auto", *names]}
+    names = {registry.short_name(one) for one in candidates} | {one.full_name for one in candidates}
+    yield {"enum": sorted(words | names)}
     for candidate in candidates:
         definition = f"{kind}:{candidate.full_name}"
-        name = {"enum": sorted({registry.short_name(candidate), candidate.full_name})}
         definitions[definition] = _options_schema(candidate.spec, definitions)
-        definitions[definition]["properties"]["name"] = name
-        definitions[definition]["required"] = ["name"]
+        definitions[definition]["properties"]["name"] = {
+            "enum": sorted({registry.short_name(candidate), candidate.full_name} | ({"auto"} & words))
+        }
         yield {"$ref": f"#/$defs/{definition.replace('/', '~1')}"}
+
+
+def _with_sides(registry: Registry, definitions: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Attention with sides of its own: beside no name, or beside a component that serves the side not named."""
+    sides = {side: {"$ref": "#/$defs/attention_side"} for side in ("prefill", "decode")}
+    for candidate in registry.candidates("attention"):
+        whole = definitions[f"attention:{candidate.full_name}"]
+        yield {**whole, "properties": {**whole["properties"], **sides}}
 
 
 def _options_schema(spec: Spec, definitions: dict[str, Any]) -> dict[str, Any]:
@@ -95,3 +107,7 @@ def _wishes(config: EngineConfig) -> Iterator[tuple[str, ComponentConfig]]:
     yield "quantization", config.quantization
     yield "scheduler", config.scheduler
     yield "executor", config.executor
+    if config.proposer.name != "none":
+        yield "proposer", config.proposer
+    for rule in config.logits_rules:
+        yield "logits_rule", rule

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from octavo.errors import OctavoError
 from octavo.interfaces.manifest import ChosenComponent
 from octavo.plugins.registry import Candidate, Choice, Choices
 from octavo.plugins.specs import SPEC_KINDS
@@ -125,12 +126,21 @@ def _sockets(selection: Selection) -> Iterator[ExplainedSocket]:
     choices: dict[str, Choice | Choices] = {**selection.choices, "logits_rules": selection.logits_rules}
     for name in SOCKETS:
         if (choice := choices.get(name)) is not None:
+            error = choice.error or (_draft_model_error(selection) if name == "proposer" else None)
             yield ExplainedSocket(
                 name=name,
                 asked_name=_wishes(selection).get(name, "auto"),
                 candidates=tuple(_candidate(one) for one in choice.candidates),
-                error=None if choice.error is None else str(choice.error),
+                error=None if error is None else str(error),
             )
+
+
+def _draft_model_error(selection: Selection) -> OctavoError | None:
+    """Why the proposer's own model cannot be built, if it has one and cannot."""
+    draft_model = selection.draft_model
+    if draft_model is None:
+        return None
+    return next((choice.error for choice in draft_model.choices.values() if choice.error), None)
 
 
 def _wishes(selection: Selection) -> dict[str, str]:

@@ -105,7 +105,10 @@ class OutputProcessor:
         return ProcessedOutputs(changed=list(changed.values()), to_stop=to_stop)
 
     def abort(self, output: RequestOutput) -> list[str]:
-        """End what is unfinished of an output; returns the engine's ids to abort."""
+        """End what is unfinished of an output; returns the engine's ids to abort, the first completion's last.
+
+        While they wait, the others hang on the first: ended before it, they need not be handed on.
+        """
         request_ids = [
             child_id(output.request_id, completion.index, len(output.outputs))
             for completion in output.outputs
@@ -116,7 +119,7 @@ class OutputProcessor:
                 if entry.detokenizer is not None:
                     entry.completion.text += entry.detokenizer.update([], finished=True)
                 self._finish(request_id, entry, "abort")
-        return request_ids
+        return request_ids[::-1]
 
     def _extend(self, entry: _Completion, engine_output: EngineOutput) -> str | None:
         """Add tokens and text; the reason if this ends the completion."""

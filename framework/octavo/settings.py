@@ -134,7 +134,7 @@ def _lay_over(
 ) -> None:
     """Options belong to the component that was named with them: a layer that names another starts anew."""
     for path, value, _ in layer:
-        if path[-1] == "name" and path[0] in _COMPONENTS and values.get(path) != value:
+        if path[-1] == "name" and path[0] in _COMPONENTS and values.get(path, value) != value:
             for below in [known for known in values if known[: len(path) - 1] == path[:-1]]:
                 del values[below], sources[below]
     for path, value, source in layer:
@@ -209,7 +209,7 @@ def _component_leaves(path: Keys, value: object) -> Iterator[tuple[Keys, object]
     else:
         for key, option in value.items():
             name = str(key).replace("-", "_")
-            if path == ("attention",) and name in _SIDES:
+            if path == ("attention",) and name in _SIDES and option is not None:
                 yield from _component_leaves((*path, name), option)
             else:
                 yield (*path, name), option

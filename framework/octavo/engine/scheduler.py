@@ -258,12 +258,14 @@ class Scheduler:
             end = min(num_tokens, start + plan.budget)
             num_drafts = self._num_drafts(request, end, num_tokens, plan) if request.draft_token_ids else 0
             end += num_drafts
-            num_new = -(-end // block_size) - len(request.block_ids)
+            num_new = max(0, -(-end // block_size) - len(request.block_ids))
             first = start // block_size
             copies = first < len(request.block_ids) and pool.reference_count(request.block_ids[first]) > 1
             num_needed = num_new + copies
-            block_ids = self._find_blocks(request, num_needed, plan) if num_needed > 0 else []
+            shared = request.block_ids[first] if copies else None
+            block_ids = self._find_blocks(request, num_needed, plan, shared) if num_needed > 0 else []
             if block_ids is not None:
+                copies = len(block_ids) > num_new  # a preemption may have left it the only holder
                 copied = (self._copy_on_write(request, first, block_ids.pop()),) if copies else ()
                 request.block_ids += block_ids
                 self._add_row(request, start, end, num_tokens + num_drafts, plan, num_drafts, copied)
@@ -284,8 +286,13 @@ class Scheduler:
         self.block_pool.release([source])  # not the last reference; the copy is made before this step's first write
         return BlockCopy(index=index, source=source, target=target)
 
-    def _find_blocks(self, request: Request, num_needed: int, plan: _Plan) -> list[int] | None:
-        """Blocks for a running request, preempting others if need be; None when it must wait or was itself chosen."""
+    def _find_blocks(
+        self, request: Request, num_needed: int, plan: _Plan, shared: int | None = None
+    ) -> list[int] | None:
+        """Blocks for a running request, preempting others if need be; None when it must wait or was itself chosen.
+
+        One of them is for a copy of the block `shared`; it is not needed once nobody else holds that.
+        """
         pool = self.block_pool
         if num_needed <= pool.num_free and not plan.num_awaited_blocks:
             return pool.allocate(num_needed)
@@ -302,6 +309,8 @@ class Scheduler:
             self._preempt(victim, plan)
             if victim is request:
                 return None
+            if shared is not None and pool.reference_count(shared) == 1:
+                num_needed, shared = num_needed - 1, None
 
     def _choose_victim(self) -> Request:
         # One whose last sample is in flight ends by itself before its blocks could be had: sparing it costs nothing.
@@ -585,4 +594,5 @@ def _new_row(request: Request) -> NewRow:
         sample_index=request.sample_index,
         stop_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
         bad_words_token_ids=request.bad_words_token_ids,
+        chosen_outside=request.chosen_outside,
     )

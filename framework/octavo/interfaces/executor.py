@@ -23,6 +23,7 @@ class NewRow:
         seed, sample_index: what the random draw is keyed with.
         stop_token_ids: the ids that may not be sampled before `params.min_tokens` outputs.
         bad_words_token_ids: token sequences that may not be completed.
+        chosen_outside: its samples are not kept; each token comes with a later row.
     """
 
     request_id: str
@@ -33,6 +34,7 @@ class NewRow:
     sample_index: int
     stop_token_ids: tuple[int, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    chosen_outside: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from octavo.config import EngineConfig
@@ -67,7 +68,7 @@ def make_plan(
             max_lora_rank=max_lora_rank,
             tokens_per_request=tokens_per_request,
             checkpoint_bytes=sum(header.num_bytes for header in headers.values()) if headers else None,
-            notes=(*sizes.remarks, *_obstacles(selection)),
+            notes=(*sizes.remarks, *_obstacles(selection), *_not_counted(selection)),
         )
         return counted, sizer, selection
 
@@ -88,6 +89,11 @@ def _memory(given: int | None, device: str) -> DeviceMemory:
 def _can_run(selection: Selection, num_ranks: int) -> bool:
     need = ExecutorNeed(device=selection.device, num_devices=num_ranks)
     return any(not executor.reasons for executor in selection.registry.ask("executor", need))
+
+
+def _not_counted(selection: Selection) -> Iterator[str]:
+    if selection.draft_model is not None:
+        yield "The draft model is not counted: its weights and its KV cache, of as many blocks, come on top of this."
 
 
 def _obstacles(selection: Selection) -> list[str]:

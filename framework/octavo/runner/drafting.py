@@ -78,6 +78,8 @@ class Drafter:
 
     def _room(self, request: NewRow, token_ids: Array) -> int:
         """Guesses that could be of use: the model samples one token more than it is given, and none after the last."""
+        if request.chosen_outside:
+            return 0
         longest = self._max_model_len
         if request.params.max_tokens is not None:
             longest = min(longest, request.num_prompt_tokens + request.params.max_tokens)
