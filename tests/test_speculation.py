@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SitePackages
 from tiny_model import BOS, MAX_POSITIONS, VOCAB_SIZE, token_ids_of, write_tiny_llama
 
 from octavo import LLM, CompletionOutput, SamplingParams
@@ -113,7 +112,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_llm(folder: Path, site_packages: SitePackages) -> Iterator[MakeLLM]:
+def make_llm(folder: Path, site_packages: Any) -> Iterator[MakeLLM]:
     """The tiny model, with the proposer above when options of it are given."""
     file = site_packages.install("fortune", PLUGIN, module="fortune")
     (file.parent / "teller.py").write_text(PROPOSER)
@@ -347,7 +346,7 @@ def test_the_error_says_what_was_wrong_with_the_guesses(
     assert sentence in caplog.text
 
 
-def test_a_proposer_that_cannot_be_made_is_an_error_at_start(make_llm: MakeLLM, site_packages: SitePackages) -> None:
+def test_a_proposer_that_cannot_be_made_is_an_error_at_start(make_llm: MakeLLM, site_packages: Any) -> None:
     (site_packages.path / "fortune" / "teller.py").write_text("import no_such_module")
     with pytest.raises(Exception, match=r"proposer fortune/fortune .* cannot be loaded: .*no_such_module"):
         make_llm({})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import margin_rule
 import pytest
-from conftest import SitePackages
 
 from octavo import LLM, SamplingParams
 
@@ -40,7 +41,7 @@ TEXT = (
 
 
 @pytest.fixture
-def llm(site_packages: SitePackages) -> LLM:
+def llm(site_packages: Any) -> LLM:
     """The demo model, as the references were recorded: in float32."""
     file = site_packages.install("looks-back", PLUGIN, module="looks_back")
     (file.parent / "proposer.py").write_text(PROPOSER)
