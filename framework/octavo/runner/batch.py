@@ -130,6 +130,11 @@ class PersistentBatch:
         """The row of a request that has entered: below `max_num_requests`, its own until it leaves."""
         return self._row_of[request_id]
 
+    @property
+    def any_logprobs(self) -> bool:
+        """Whether any row wants logprobs of its samples."""
+        return bool(self._num_logprobs)
+
     def num_logprobs(self, row: int) -> int | None:
         """How many of the most probable tokens a row wants beside each sample; None: no logprobs at all."""
         return self._num_logprobs.get(row)

@@ -91,6 +91,8 @@ class ModelRunner:
         self, samples: Samples, logits: Tensor, drawn: Tensor, token_ids: Mapping[str, list[int]]
     ) -> dict[str, list[TokenLogprobs]]:
         """Of the kept samples of the requests that ask for them; drafts that were not kept have none."""
+        if not self._batch.any_logprobs:
+            return {}
         wanted = [(index, self._batch.num_logprobs(row)) for index, row in enumerate(samples.rows.tolist())]
         indices = [index for index, count in wanted if count is not None]
         if not indices:

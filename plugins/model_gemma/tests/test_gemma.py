@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from greedy_reference import prompts, reference_of
 from margin_rule import Reference, check, generate, greedy, next_tokens_of, token_ids_of
 from safetensors.torch import load_file, save_file
 from tiny_model import SIZES, VOCAB_SIZE, write_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig
 
 from octavo import LLM
 from octavo.errors import CheckpointError
@@ -124,33 +125,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def references(folder: Path) -> list[Reference]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return [reference_of(model, prompt, 32) for prompt in prompts(1, 50, 17)]
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
-
-
-def reference_of(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> Reference:
-    """What transformers generates greedily, and by how much each token won."""
-    answer = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        eos_token_id=-1,
-        pad_token_id=0,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.cat(answer.logits).topk(2).values
-    return Reference(
-        name=f"{len(prompt)} tokens",
-        prompt_token_ids=list(prompt),
-        token_ids=answer.sequences[0, len(prompt) :].tolist(),
-        margins=(best[:, 0] - best[:, 1]).tolist(),
-    )
 
 
 # --------------------------------------------------------------------------------------------------- greedy tokens

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from greedy_reference import prompts, reference_of
 from margin_rule import Reference, check, generate, next_tokens_of, token_ids_of
 from safetensors.torch import load_file, save_file
-from tiny_model import SIZES, VOCAB_SIZE, write_tokenizer
+from tiny_model import SIZES, write_tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from octavo import LLM
 from octavo.errors import CheckpointError
@@ -83,54 +84,15 @@ QWEN3_0_6B: dict[str, Any] = {
 }
 
 
-def write_tiny_qwen(folder: Path, config: PreTrainedConfig) -> Path:
-    """The folder of a random model as transformers saves it, and a tokenizer."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1, where faults do not show
-            parameter.data += 0.2 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_qwen(tmp_path_factory.mktemp("qwen"), KINDS[request.param])
+    return write_tiny_model(tmp_path_factory.mktemp("qwen"), KINDS[request.param])
 
 
 @pytest.fixture(scope="module")
 def references(folder: Path) -> list[Reference]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return [reference_of(model, prompt, 24) for prompt in prompts(1, 50, 17)]
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
-
-
-def reference_of(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> Reference:
-    """What transformers generates greedily, and by how much each token won."""
-    answer = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        eos_token_id=-1,
-        pad_token_id=0,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.cat(answer.logits).topk(2).values
-    return Reference(
-        name=f"{len(prompt)} tokens",
-        prompt_token_ids=list(prompt),
-        token_ids=answer.sequences[0, len(prompt) :].tolist(),
-        margins=(best[:, 0] - best[:, 1]).tolist(),
-    )
+    return [reference_of(model, prompt, 32) for prompt in prompts(1, 50, 17)]
 
 
 # --------------------------------------------------------------------------------------------------- greedy tokens
@@ -213,7 +175,7 @@ def changed(tmp_path: Path) -> Callable[..., str]:
     """A tiny Qwen2 whose config.json was changed."""
 
     def change(**changes: object) -> str:
-        folder = write_tiny_qwen(tmp_path, KINDS["qwen2"])
+        folder = write_tiny_model(tmp_path, KINDS["qwen2"])
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | changes))
         return str(folder)
