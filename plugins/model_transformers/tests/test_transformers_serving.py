@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from greedy_reference import reference_of
 from margin_rule import Reference, check, generate, greedy, next_tokens_of, token_ids_of
 from tiny_model import SIZES, write_tiny_llama
-from tiny_transformers import KINDS, prompts, random_model, reference_of, write_model
+from tiny_transformers import KINDS, prompts, random_model, write_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from octavo import LLM, explain

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from margin_rule import Reference
 from safetensors.torch import load_file
 from tiny_model import SIZES, VOCAB_SIZE, write_tokenizer
 from torch import Tensor
@@ -95,25 +94,3 @@ def prompts(*lengths: int) -> list[list[int]]:
 def logits_of(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     logits: Tensor = model(torch.tensor([token_ids])).logits[0]
     return logits
-
-
-def reference_of(model: PreTrainedModel, prompt: Sequence[int], num_tokens: int) -> Reference:
-    """What transformers generates greedily, and by how much each token won."""
-    answer = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        eos_token_id=-1,
-        pad_token_id=0,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.cat(answer.logits).topk(2).values
-    return Reference(
-        name=f"{len(prompt)} tokens",
-        prompt_token_ids=list(prompt),
-        token_ids=answer.sequences[0, len(prompt) :].tolist(),
-        margins=(best[:, 0] - best[:, 1]).tolist(),
-    )
