@@ -17,13 +17,15 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from octavo.builtin.torch_attention import TorchAttention
+from octavo.builtin.torch_kernels import TorchKernels
 from octavo.builtin.unquantized import Unquantized
 from octavo.errors import CheckpointError, ConfigError, PluginError
 from octavo.interfaces import AttentionParameters, ForwardContext, LinearShape, ParameterSpec, QuantizationMethod
+from octavo.interfaces.attention import rotate
 from octavo.model_config import RopeConfig
 from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
 from octavo.nn.linear import Linear, LinearPart
-from octavo.nn.rotary import RotaryTable, rotate
+from octavo.nn.rotary import RotaryTable
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
 
@@ -71,7 +73,7 @@ def factory(
     loader = WeightLoader()
     need = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4)
     method = method_class({}, torch.float32, "cpu")
-    return DeviceLayerFactory(method, TorchAttention(need), loader, num_ranks), loader
+    return DeviceLayerFactory(method, TorchAttention(need), TorchKernels(need), loader, num_ranks), loader
 
 
 # ------------------------------------------------------------------------------------------------------ linears
@@ -315,7 +317,9 @@ def test_a_norm_with_an_offset_equals_gemmas(dtype: torch.dtype) -> None:
     loader = WeightLoader()
     method = Unquantized({}, dtype, "cpu")
     backend = TorchAttention(AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4))
-    ours = DeviceLayerFactory(method, backend, loader).norm("norm", 32, 1e-6, weight_offset=1.0)
+    ours = DeviceLayerFactory(method, backend, TorchKernels(backend.need), loader).norm(
+        "norm", 32, 1e-6, weight_offset=1.0
+    )
     loader.load([("norm.weight", theirs.weight.data)])
     hidden = torch.randn(7, 32).to(dtype)
     found, residual = ours(hidden, None)
@@ -345,7 +349,9 @@ class Recorder(TorchAttention):
 
 def attention_of(**need: Any) -> DeviceLayerFactory:
     needed = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4, **need)
-    return DeviceLayerFactory(Unquantized({}, torch.float32, "cpu"), Recorder(needed), WeightLoader())
+    return DeviceLayerFactory(
+        Unquantized({}, torch.float32, "cpu"), Recorder(needed), TorchKernels(needed), WeightLoader()
+    )
 
 
 def called(layer: Any, layers: DeviceLayerFactory) -> Any:

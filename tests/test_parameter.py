@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from octavo.builtin.torch_attention import TorchAttention
+from octavo.builtin.torch_kernels import TorchKernels
 from octavo.builtin.unquantized import Unquantized
 from octavo.errors import CheckpointError
 from octavo.nn.factory import DeviceLayerFactory
@@ -15,7 +16,9 @@ from octavo.plugins.specs import AttentionNeed
 
 def factory_for(loader: WeightLoader, dtype: torch.dtype = torch.float32, num_ranks: int = 1) -> DeviceLayerFactory:
     need = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=16)
-    return DeviceLayerFactory(Unquantized({}, dtype, "cpu"), TorchAttention(need), loader, num_ranks)
+    return DeviceLayerFactory(
+        Unquantized({}, dtype, "cpu"), TorchAttention(need), TorchKernels(need), loader, num_ranks
+    )
 
 
 def test_a_parameter_is_the_checkpoints_tensor_in_the_models_dtype() -> None:

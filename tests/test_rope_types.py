@@ -12,9 +12,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from octavo.errors import CheckpointError
+from octavo.interfaces.attention import rotate
 from octavo.model_config import ModelConfig, RopeConfig
 from octavo.nn.rope_types import frequencies, rotary_dim
-from octavo.nn.rotary import RotaryTable, rotate
+from octavo.nn.rotary import RotaryTable
 
 SHORT = [1.0 + 0.01 * index for index in range(32)]
 LONG = [1.0 + 0.5 * index for index in range(32)]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from octavo import SamplingParams
 from octavo.interfaces import LogitsRule, NewRow, RuleLimits
-from octavo.runner.batch import Samples, SamplingInputs
+from octavo.interfaces.kernels import SamplingInputs
+from octavo.runner.batch import Samples
 from octavo.runner.rules import RuleSet
 
 LIMITS = RuleLimits(max_num_requests=8, vocab_size=4, device="cpu")

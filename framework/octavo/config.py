@@ -86,14 +86,20 @@ class EngineConfig(BaseModel):
     """tokens in a KV block"""
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
     """bytes for the KV cache; without it, sized from the memory that is free"""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """of the KV cache: auto, the same as dtype; fp8, one byte an element and a scale for each token's head"""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """share of a GPU's memory that the engine may take, for all it does; on a CPU it has no effect"""
     max_num_seqs: int = Field(default=256, ge=1)
     """requests in one step, at most"""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     """tokens in one step, at most; longer prompts are computed in chunks"""
     enable_prefix_caching: bool = True
     """share the KV blocks of equal prefixes"""
-    max_steps_in_flight: int = Field(default=1, ge=1)
-    """steps submitted before the first is collected"""
+    max_steps_in_flight: int | None = Field(default=None, ge=1)
+    """steps submitted before the first is collected; without it 2 on a GPU, 1 on a CPU or with a proposer"""
+    enforce_eager: bool = False
+    """launch every kernel of every step anew: no CUDA graphs"""
     seed: int = 0
     """makes requests that bring no seed repeatable"""
     generation_config: Literal["auto", "none"] = "auto"
@@ -106,6 +112,8 @@ class EngineConfig(BaseModel):
     """attention backend by name; auto takes the best that can serve"""
     quantization: ComponentConfig = ComponentConfig()
     """quantization method by name; auto takes the one that reads the checkpoint"""
+    kernels: ComponentConfig = ComponentConfig()
+    """norms, activations and sampling by name; auto takes the best that can serve"""
     scheduler: ComponentConfig = ComponentConfig()
     """scheduler policy by name"""
     executor: ComponentConfig = ComponentConfig()
@@ -145,7 +153,7 @@ class EngineConfig(BaseModel):
             value = [word.strip() for word in value.split(",") if word.strip()]
         return [_component(one) for one in value] if isinstance(value, (list, tuple)) else value
 
-    @field_validator("attention", "quantization", "scheduler", "executor", "proposer", mode="before")
+    @field_validator("attention", "quantization", "kernels", "scheduler", "executor", "proposer", mode="before")
     @classmethod
     def _name_is_short_for_component(cls, value: object, info: ValidationInfo) -> object:
         return cls.model_fields[str(info.field_name)].default if value is None else _component(value)

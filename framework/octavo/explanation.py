@@ -18,7 +18,7 @@ from octavo.selection import Selection, select
 from octavo.settings import AUTO, DEFAULT, Settings, Source, as_settings
 
 SOCKETS = (
-    *("checkpoint", "model", "quantization", "attention.prefill", "attention.decode"),
+    *("checkpoint", "model", "quantization", "attention.prefill", "attention.decode", "kernels"),
     *("scheduler", "executor", "proposer", "logits_rules"),
 )
 """In the order they are shown; the proposer only when one was asked for."""
@@ -148,6 +148,7 @@ def _wishes(selection: Selection) -> dict[str, str]:
     prefill, decode = config.attention.wishes
     return {
         "quantization": config.quantization.name,
+        "kernels": config.kernels.name,
         "attention.prefill": prefill.name,
         "attention.decode": decode.name,
         "scheduler": config.scheduler.name,
@@ -218,13 +219,18 @@ def _component_settings(socket: str, choice: Choice, settings: Settings) -> Iter
 # -------------------------------------------------------------------------------------------------------- text
 
 
+def _noun(socket: str) -> str:
+    kind = "logits_rule" if socket == "logits_rules" else socket.partition(".")[0]
+    return SPEC_KINDS[kind].noun
+
+
 def _lines(explanation: Explanation) -> Iterator[str]:
     yield f"{explanation.model}: {explanation.architecture}, {explanation.model_path}"
     name_width = max(len(_label(one)) for socket in explanation.sockets for one in socket.candidates)
     origin_width = max(len(_origin(one)) for socket in explanation.sockets for one in socket.candidates)
     for socket in explanation.sockets:
         asked = "" if socket.asked_name == "auto" else f", {socket.asked_name!r} was asked for"
-        yield f"\n{SPEC_KINDS[socket.name.partition('.')[0].removesuffix('s')].noun} ({socket.name}){asked}"
+        yield f"\n{_noun(socket.name)} ({socket.name}){asked}"
         for one in socket.candidates:
             verdict = f"chosen: {one.summary}" if one.chosen else "; ".join(one.reasons) or "could serve"
             mark = "*" if one.chosen else " "

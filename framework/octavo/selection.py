@@ -29,6 +29,8 @@ from octavo.plugins.specs import (
 )
 from octavo.runner.device import resolve_device, resolve_dtype
 
+_CACHE_FEATURES: Mapping[str, frozenset[str]] = {"auto": frozenset(), "fp8": frozenset({"fp8_kv_cache"})}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFiles:
@@ -100,18 +102,20 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
     need = AttentionNeed(
         device=device,
         dtype=dtype,
-        features=model_config.attention_features(max_model_len),
+        features=model_config.attention_features(max_model_len) | _CACHE_FEATURES[config.kv_cache_dtype],
         num_heads=model_config.num_heads,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         block_size=config.block_size,
         sliding_window=model_config.sliding_window,
         logit_softcap=model_config.attn_logit_softcapping,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     prefill, decode = choose_attention(registry, need, config.attention.wishes)
     needs: dict[str, tuple[Need, ComponentConfig]] = {
         "model": (ModelNeed(device=device, dtype=dtype, architecture=model_config.architecture), ComponentConfig()),
         "quantization": (_quantization_need(model_config, device, dtype), config.quantization),
+        "kernels": (Need(device=device, dtype=dtype), config.kernels),
         "scheduler": (Need(), config.scheduler),
         "executor": (ExecutorNeed(device=device, num_devices=config.tensor_parallel_size), config.executor),
     }

@@ -8,6 +8,7 @@ from octavo.plugins.specs import (
     CheckpointSpec,
     CommandSpec,
     ExecutorSpec,
+    KernelsSpec,
     LogitsRuleSpec,
     ModelSpec,
     QuantizationSpec,
@@ -33,6 +34,11 @@ def octavo_components() -> list[Spec]:
             summary="Plain weights, as the checkpoint stores them",
             target="octavo.builtin.unquantized:Unquantized",
             formats=("none",),
+        ),
+        KernelsSpec(
+            name="torch",
+            summary="Norms, activations and sampling in plain torch, the reference of every kernel set",
+            target="octavo.builtin.torch_kernels:TorchKernels",
         ),
         SchedulerSpec(
             name="fcfs",

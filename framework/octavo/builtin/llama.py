@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional
 
 from octavo.errors import CheckpointError
 from octavo.interfaces.model import ForwardContext, LayerFactory, ModelArchitecture
@@ -45,6 +44,7 @@ class LlamaLayer:
             {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
             bias=mlp_bias,
         )
+        self.activation = factory.gated_activation("silu")
         self.down = factory.linear(f"{prefix}.mlp.down_proj", config.intermediate_size, hidden_size, bias=mlp_bias)
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class LlamaLayer:
         hidden = self.output(self.attention(query, key, value, context))
         hidden, residual = self.mlp_norm(hidden, residual)
         gate, up = self.gate_up(hidden)
-        return self.down(functional.silu(gate) * up), residual
+        return self.down(self.activation(gate, up)), residual
 
 
 class Llama(ModelArchitecture):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.attention import KVBuffer as KVBuffer
     from octavo.interfaces.attention import KVCache as KVCache
     from octavo.interfaces.attention import KVLayout as KVLayout
+    from octavo.interfaces.attention import rotate as rotate
     from octavo.interfaces.checkpoint import Checkpoint as Checkpoint
     from octavo.interfaces.checkpoint import TokenizerData as TokenizerData
     from octavo.interfaces.executor import Executor as Executor
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from octavo.interfaces.executor import ScheduledRow as ScheduledRow
     from octavo.interfaces.executor import Step as Step
     from octavo.interfaces.executor import StepOutput as StepOutput
+    from octavo.interfaces.kernels import Activation as Activation
+    from octavo.interfaces.kernels import Kernels as Kernels
+    from octavo.interfaces.kernels import SamplingInputs as SamplingInputs
     from octavo.interfaces.logits_rule import LogitsRule as LogitsRule
     from octavo.interfaces.logits_rule import RuleLimits as RuleLimits
     from octavo.interfaces.manifest import ChosenComponent as ChosenComponent
@@ -52,9 +56,11 @@ _MODULES = {
         "KVBuffer",
         "KVCache",
         "KVLayout",
+        "rotate",
     ),
     "checkpoint": ("Checkpoint", "TokenizerData"),
     "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
+    "kernels": ("Activation", "Kernels", "SamplingInputs"),
     "logits_rule": ("LogitsRule", "RuleLimits"),
     "manifest": ("ChosenComponent", "Manifest"),
     "model": ("ForwardContext", "LayerFactory", "ModelArchitecture"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,6 +83,9 @@ class BatchLimits:
 class BatchLayout:
     """Where each request's tokens are in this step. Requests with one token and a context come first ("decode").
 
+    A step may be padded with requests that are nobody's: one token each, among the decodes, their seq_lens 0 and their
+    slots PAD_SLOT. They attend to nothing; what they get is not read, but it must be finite.
+
     Attributes:
         query_start_loc: [num_requests + 1] int32; request i owns tokens query_start_loc[i] .. [i + 1].
         seq_lens: [num_requests] int32; context and this step's tokens together.
@@ -123,6 +126,7 @@ class BatchLayout:
         bounds = slice(requests.start, requests.stop + 1)
         host_query_start_loc = self.host_query_start_loc[bounds] - tokens.start
         host_seq_lens = self.host_seq_lens[requests]
+        query_start_loc = self.query_start_loc[bounds]  # a view, if it can be: a captured step reads it where it lies
         return BatchLayout(
             num_requests=requests.stop - requests.start,
             num_tokens=tokens.stop - tokens.start,
@@ -131,7 +135,7 @@ class BatchLayout:
             max_query_len=int(np.diff(host_query_start_loc).max()),
             max_seq_len=int(host_seq_lens.max()),
             block_size=self.block_size,
-            query_start_loc=self.query_start_loc[bounds] - tokens.start,
+            query_start_loc=query_start_loc - tokens.start if tokens.start else query_start_loc,
             seq_lens=self.seq_lens[requests],
             block_table=self.block_table[requests],
             slot_mapping=self.slot_mapping[tokens],
@@ -164,7 +168,14 @@ class AttentionBackend(ABC):
     Constructed once with the need it was chosen for: its features say whether it will be given decode requests,
     prefills or both, and whether some layers have a window or a cap. One state object with maximal sizes is made at
     start.
+
+    Attributes:
+        graph_mode: what of it a CUDA graph can capture. "decode": a step of decodes alone: `forward` then launches the
+            same work whatever the tensors of the planned layout hold, and takes host sizes for upper bounds only.
+            `plan` is called before the capture and before each replay, outside of the graph, with the same tensors.
     """
+
+    graph_mode: Literal["none", "decode"] = "none"
 
     def __init__(self, need: AttentionNeed) -> None:
         self.need = need
@@ -203,3 +214,38 @@ class AttentionBackend(ABC):
         Returns:
             [num_tokens, num_heads * head_dim], the query's dtype.
         """
+
+    def rotate_and_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
+    ) -> Tensor:
+        """`forward` of a layer whose query and key are yet to be rotated; a backend may do both in one pass.
+
+        Args:
+            rotary: (cos, sin) of each token, [num_tokens, 1, rotary_dim] each, as `rotate` reads them.
+        """
+        return self.forward(rotate(query, rotary), rotate(key, rotary), value, kv_cache, state, parameters)
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """x [num_tokens, heads, head_dim] turned by its tokens' angles, halves paired (the GPT-NeoX convention).
+
+    Of a partial rotation the first rotary_dim elements are turned and the others kept.
+
+    Args:
+        cos_sin: [num_tokens, 1, rotary_dim] each: the cosines twice, the sines once negated, so that the rotation is
+            x * cos + swap_halves(x) * sin.
+
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    cos, sin = cos_sin
+    if (size := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rotate(x[..., :size], cos_sin), x[..., size:]), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from octavo.interfaces.attention import KVCache
+from octavo.interfaces.kernels import Activation
 from octavo.model_config import ModelConfig, RopeConfig
 
 
@@ -38,6 +39,11 @@ Unary = Callable[[Tensor], Tensor]
 class Norm(Protocol):
     def __call__(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Add `residual` (if any), normalise the sum; return (normalised, sum)."""
+
+
+class GatedActivation(Protocol):
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """activation(gate) * up, [num_tokens, size] each."""
 
 
 class AttentionLayer(Protocol):
@@ -109,6 +115,10 @@ class LayerFactory(ABC):
         Args:
             weight_offset: added to the checkpoint's weight, the product then rounded once; Gemma stores weight - 1.
         """
+
+    @abstractmethod
+    def gated_activation(self, activation: Activation) -> GatedActivation:
+        """What a gated feed-forward network computes between its linears."""
 
     @abstractmethod
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary: ...

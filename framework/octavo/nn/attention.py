@@ -6,7 +6,6 @@ from torch import Tensor
 
 from octavo.interfaces.attention import AttentionBackend, AttentionParameters
 from octavo.interfaces.model import ForwardContext
-from octavo.nn.rotary import rotate
 
 
 class Attention:
@@ -31,17 +30,11 @@ class Attention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, context: ForwardContext) -> Tensor:
         query, key, value = self._heads(query), self._heads(key), self._heads(value)
-        if self._rotary_index is not None:
-            cos_sin = context.rotary[self._rotary_index]
-            query, key = rotate(query, cos_sin), rotate(key, cos_sin)
-        return self._backend.forward(
-            query,
-            key,
-            value,
-            context.kv_caches[self._layer_index],
-            context.attention_state,
-            self._parameters,
-        )
+        backend, kv_cache, state = self._backend, context.kv_caches[self._layer_index], context.attention_state
+        if self._rotary_index is None:
+            return backend.forward(query, key, value, kv_cache, state, self._parameters)
+        rotary = context.rotary[self._rotary_index]
+        return backend.rotate_and_forward(query, key, value, rotary, kv_cache, state, self._parameters)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], -1, self._head_dim)

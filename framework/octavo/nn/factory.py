@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 
 from torch import Tensor
 
 from octavo.errors import ConfigError, PluginError
 from octavo.interfaces.attention import AttentionBackend, AttentionParameters
-from octavo.interfaces.model import AttentionLayer, LayerFactory, Norm, Unary
+from octavo.interfaces.kernels import Activation, Kernels
+from octavo.interfaces.model import AttentionLayer, GatedActivation, LayerFactory, Norm, Unary
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
 from octavo.interfaces.quantization import QuantizationMethod
 from octavo.model_config import RopeConfig
@@ -46,13 +48,19 @@ class DeviceLayerFactory(LayerFactory):
     """
 
     def __init__(
-        self, method: QuantizationMethod, backend: AttentionBackend, loader: WeightLoader, num_ranks: int = 1
+        self,
+        method: QuantizationMethod,
+        backend: AttentionBackend,
+        kernels: Kernels,
+        loader: WeightLoader,
+        num_ranks: int = 1,
     ) -> None:
         self.linears: list[LinearPart] = []
         self.rotations: list[tuple[RopeConfig, int]] = []
         self.num_weights = 0
         self._method = method
         self._backend = backend
+        self._kernels = kernels
         self._loader = loader
         self._num_ranks = num_ranks
 
@@ -110,7 +118,12 @@ class DeviceLayerFactory(LayerFactory):
     def norm(self, prefix: str, hidden_size: int, eps: float, *, weight_offset: float = 0.0) -> Norm:
         self.num_weights += hidden_size
         method = self._method
-        return RMSNorm(self._loader, prefix, hidden_size, eps, method.dtype, method.device, weight_offset)
+        return RMSNorm(
+            self._kernels, self._loader, prefix, hidden_size, eps, method.dtype, method.device, weight_offset
+        )
+
+    def gated_activation(self, activation: Activation) -> GatedActivation:
+        return partial(self._kernels.gated_activation, activation)
 
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary:
         self.num_weights += vocab_size * hidden_size

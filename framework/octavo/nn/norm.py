@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from octavo.interfaces.kernels import Kernels
 from octavo.nn.weights import WeightLoader
 
 
@@ -20,6 +20,7 @@ class RMSNorm:
 
     def __init__(
         self,
+        kernels: Kernels,
         loader: WeightLoader,
         prefix: str,
         hidden_size: int,
@@ -28,6 +29,7 @@ class RMSNorm:
         device: str,
         weight_offset: float = 0.0,
     ) -> None:
+        self._kernels = kernels
         self._eps = eps
         self._device = device
         self._weight_offset = weight_offset
@@ -38,8 +40,4 @@ class RMSNorm:
         self._weight = (weight + self._weight_offset if self._weight_offset else weight).to(self._device)
 
     def __call__(self, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        total = hidden if residual is None else hidden + residual
-        if total.dtype == self._weight.dtype:
-            return functional.rms_norm(total, self._weight.shape, self._weight, self._eps), total
-        normed = functional.rms_norm(total.float(), self._weight.shape, self._weight, self._eps)
-        return normed.to(total.dtype), total
+        return self._kernels.add_rms_norm(hidden, residual, self._weight, self._eps)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: a table of cosines and sines, and the rotation of one tensor."""
+"""Rotary position embedding: the table of cosines and sines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RotaryTable:
     """cos and sin of position * frequency for every position, times the rope type's attention scaling.
 
     Kept as [max_model_len, rotary_dim]: the cosines twice, the sines once negated, so that a rotation is
-    `x * cos + swap_halves(x) * sin`.
+    `x * cos + swap_halves(x) * sin` (octavo.interfaces.attention.rotate).
 
     Source: Su et al. 2021, arXiv:2104.09864.
     """
@@ -28,18 +28,6 @@ class RotaryTable:
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [num_tokens] -> (cos, sin), each [num_tokens, 1, rotary_dim]."""
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
-
-
-def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """x [num_tokens, heads, head_dim] turned by its tokens' angles, halves paired (the GPT-NeoX convention).
-
-    Of a partial rotation the first rotary_dim elements are turned and the others kept.
-    """
-    cos, sin = cos_sin
-    if (size := cos.shape[-1]) < x.shape[-1]:
-        return torch.cat((rotate(x[..., :size], cos_sin), x[..., size:]), dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 def rotary_bytes_per_position(rope: RopeConfig, head_dim: int, dtype: torch.dtype) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,6 +60,7 @@ class SplitAttention(AttentionBackend):
             )
         self._prefill = prefill
         self._decode = decode
+        self.graph_mode = decode.graph_mode  # a step of decodes alone is its alone
 
     def kv_layout(self) -> KVLayout:
         return self._prefill.kv_layout()
@@ -84,12 +86,34 @@ class SplitAttention(AttentionBackend):
         state: object,
         parameters: AttentionParameters,
     ) -> Tensor:
+        def part(backend: AttentionBackend, its_state: object, tokens: slice) -> Tensor:
+            return backend.forward(query[tokens], key[tokens], value[tokens], kv_cache, its_state, parameters)
+
+        return self._of_parts(state, part)
+
+    def rotate_and_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
+    ) -> Tensor:
+        def part(backend: AttentionBackend, its_state: object, tokens: slice) -> Tensor:
+            cos_sin = rotary[0][tokens], rotary[1][tokens]
+            inputs = query[tokens], key[tokens], value[tokens]
+            return backend.rotate_and_forward(*inputs, cos_sin, kv_cache, its_state, parameters)
+
+        return self._of_parts(state, part)
+
+    def _of_parts(self, state: object, part: Callable[[AttentionBackend, object, slice], Tensor]) -> Tensor:
+        """The decodes' output before the others'; `part` computes one from (backend, its state, its tokens)."""
         assert isinstance(state, _State)
         border, outputs = state.num_decode_tokens, []
         if border:
-            inputs = query[:border], key[:border], value[:border]
-            outputs.append(self._decode.forward(*inputs, kv_cache, state.decode, parameters))
+            outputs.append(part(self._decode, state.decode, slice(0, border)))
         if state.num_prefill_tokens:
-            inputs = query[border:], key[border:], value[border:]
-            outputs.append(self._prefill.forward(*inputs, kv_cache, state.prefill, parameters))
+            outputs.append(part(self._prefill, state.prefill, slice(border, border + state.num_prefill_tokens)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -10,11 +10,13 @@ import torch
 
 from octavo.errors import ConfigError
 from octavo.interfaces.checkpoint import TensorHeader
+from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.model import ModelArchitecture
 from octavo.interfaces.quantization import QuantizationMethod
 from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
+from octavo.plugins.specs import Need
 from octavo.selection import Selection
 
 MOST_RANKS = 64
@@ -57,13 +59,14 @@ class Sizer:
         self._dtype: torch.dtype = getattr(torch, selection.dtype)
         chosen = {
             socket: selection.choices[socket].get()
-            for socket in ("model", "quantization", "attention.prefill", "attention.decode")
+            for socket in ("model", "quantization", "kernels", "attention.prefill", "attention.decode")
         }
         self._model = chosen["model"]
         self._attention = chosen["attention.prefill"], chosen["attention.decode"]
         self._method: QuantizationMethod = chosen["quantization"].build(
             selection.files.model_config.quantization, self._dtype, selection.device
         )
+        self._kernels: Kernels = chosen["kernels"].build(Need(device=selection.device, dtype=selection.dtype))
         self.sizes_of = cache(self._sizes_of)
 
     def sizes(self, num_ranks: int) -> RankSizes:
@@ -118,7 +121,7 @@ class Sizer:
     def _build(self, num_ranks: int) -> tuple[ModelArchitecture, DeviceLayerFactory, WeightLoader]:
         loader = WeightLoader()
         attention = build_attention(*self._attention, self._selection.attention_need)
-        factory = DeviceLayerFactory(self._method, attention, loader, num_ranks)
+        factory = DeviceLayerFactory(self._method, attention, self._kernels, loader, num_ranks)
         model: ModelArchitecture = self._model.build(self._selection.files.model_config, factory)
         return model, factory, loader
 

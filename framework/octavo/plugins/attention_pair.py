@@ -47,8 +47,13 @@ def choose_attention(
 
 def _rank(pair: tuple[Candidate, Candidate]) -> tuple[int, bool, str, str]:
     prefill, decode = pair
-    priority = prefill.spec.priority + decode.spec.priority
+    priority = _priority(prefill, "prefill") + _priority(decode, "decode")
     return -priority, prefill.full_name != decode.full_name, prefill.full_name, decode.full_name
+
+
+def _priority(candidate: Candidate, phase: str) -> int:
+    assert isinstance(candidate.spec, AttentionSpec)
+    return candidate.spec.priority_for(phase)
 
 
 def _layout(candidate: Candidate) -> str:

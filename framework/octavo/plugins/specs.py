@@ -41,6 +41,7 @@ class AttentionNeed(Need):
     block_size: int
     sliding_window: int | None = None  # tokens a query sees in some layers, itself included
     logit_softcap: float | None = None  # of the scores in some layers
+    kv_cache_dtype: str = "auto"  # "auto": as `dtype`; "fp8": e4m3 with scales, and then the feature is asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,11 +193,16 @@ class AttentionSpec(Spec):
 
     kind: ClassVar[str] = "attention"
     noun: ClassVar[str] = "attention backend"
-    known_features: ClassVar[tuple[str, ...]] = ("prefill", "decode", "sliding_window", "logit_softcap")
+    known_features: ClassVar[tuple[str, ...]] = ("prefill", "decode", "sliding_window", "logit_softcap", "fp8_kv_cache")
 
     head_sizes: tuple[int, ...] = ()  # empty: any
     block_sizes: tuple[int, ...] = ()  # empty: any
     kv_layout: str = ""  # the published name of its KVLayout; empty: its own, shared with no other backend
+    decode_priority: int | None = None  # among the backends for decode; None: `priority` there too
+
+    def priority_for(self, phase: str) -> int:
+        """Where `auto` ranks it for "prefill" or "decode"."""
+        return self.decode_priority if phase == "decode" and self.decode_priority is not None else self.priority
 
     def _facts_against(self, need: Need) -> list[str]:
         assert isinstance(need, AttentionNeed)
@@ -226,6 +232,14 @@ class QuantizationSpec(Spec):
         if self.bits and need.bits is not None and need.bits not in self.bits:
             reasons.append(f"supports {_list(self.bits)} bits; the checkpoint has {need.bits}")
         return reasons
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelsSpec(Spec):
+    """An `octavo.interfaces.Kernels`: norms, gated activations and sampling."""
+
+    kind: ClassVar[str] = "kernels"
+    noun: ClassVar[str] = "kernel set"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,6 +337,7 @@ SPEC_KINDS: dict[str, type[Spec]] = {
     for spec in (
         AttentionSpec,
         QuantizationSpec,
+        KernelsSpec,
         ModelSpec,
         CheckpointSpec,
         SchedulerSpec,

@@ -15,35 +15,12 @@ from torch import Tensor
 
 from octavo.interfaces.attention import BatchLayout, BatchLimits
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step
+from octavo.interfaces.kernels import SamplingInputs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _ALIGNMENT = 16  # bytes; every field of the transfer starts at a multiple of it
 _MAX_INT32 = 2**31 - 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingInputs:
-    """How each sample is drawn, all [num_samples], on the device unless said otherwise.
-
-    Attributes:
-        temperature, top_p, min_p: float32.
-        top_k: int32, 0 is off.
-        seed: int64; sample_index, position: int32; together with the token id they key the noise.
-        all_greedy, any_top_k, any_top_p, any_min_p: known on the host, so that what nobody asked for is not computed.
-    """
-
-    temperature: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    top_k: Tensor
-    seed: Tensor
-    sample_index: Tensor
-    position: Tensor
-    all_greedy: bool
-    any_top_k: bool
-    any_top_p: bool
-    any_min_p: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

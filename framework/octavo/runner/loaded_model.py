@@ -11,6 +11,7 @@ import torch
 from octavo.errors import ConfigError
 from octavo.interfaces.attention import AttentionBackend, BatchLimits
 from octavo.interfaces.checkpoint import Checkpoint
+from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.logits_rule import LogitsRule
 from octavo.interfaces.manifest import Manifest
 from octavo.interfaces.model import ModelArchitecture
@@ -20,6 +21,7 @@ from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.rotary import RotaryTable
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
+from octavo.plugins.specs import Need
 from octavo.runner.drafting import Drafter
 from octavo.runner.model_runner import ModelRunner
 
@@ -36,6 +38,7 @@ class LoadedModel:
     architecture: ModelArchitecture
     rotary: Sequence[RotaryTable]
     attention: AttentionBackend
+    kernels: Kernels
     weight_bytes: int
 
     @property
@@ -61,7 +64,9 @@ class LoadedModel:
         """Allocate `num_blocks` for each layer; called once."""
         layout, device = self.attention.kv_layout(), self.manifest.device
         kv_caches = [layout.allocate(num_blocks, device) for _ in range(self.config.num_layers)]
-        return ModelRunner(self.architecture, self.rotary, self.attention, kv_caches, self.limits, rules, drafter)
+        return ModelRunner(
+            self.architecture, self.rotary, self.attention, self.kernels, kv_caches, self.limits, rules, drafter
+        )
 
 
 def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
@@ -74,7 +79,8 @@ def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
     loader = WeightLoader()
     with phase("build model"):
         method: QuantizationMethod = chosen["quantization"].build(config.quantization, dtype, manifest.device)
-        factory = DeviceLayerFactory(method, attention, loader)
+        kernels: Kernels = chosen["kernels"].build(Need(device=manifest.device, dtype=manifest.dtype))
+        factory = DeviceLayerFactory(method, attention, kernels, loader)
         model: ModelArchitecture = chosen["model"].build(config, factory)
         rotary = factory.rotary_tables(manifest.max_model_len)
     with phase("load weights"):
@@ -85,6 +91,7 @@ def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
         architecture=model,
         rotary=rotary,
         attention=attention,
+        kernels=kernels,
         weight_bytes=loader.num_bytes,
     )
 

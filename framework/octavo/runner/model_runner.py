@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.interfaces.attention import AttentionBackend, BatchLimits, KVCache
 from octavo.interfaces.executor import BlockCopy, Step, StepOutput
+from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.logits_rule import LogitsRule
 from octavo.interfaces.model import ForwardContext, ModelArchitecture
 from octavo.nn.rotary import RotaryTable
@@ -17,7 +18,6 @@ from octavo.runner.batch import PersistentBatch, PromptTargets, Samples, StepInp
 from octavo.runner.drafting import Drafter
 from octavo.runner.logprobs import chunks, token_logprobs
 from octavo.runner.rules import RuleSet
-from octavo.runner.sampler import sample
 
 
 class ModelRunner:
@@ -28,6 +28,7 @@ class ModelRunner:
         model: ModelArchitecture,
         rotary: Sequence[RotaryTable],
         attention: AttentionBackend,
+        kernels: Kernels,
         kv_caches: Sequence[KVCache],
         limits: BatchLimits,
         rules: Sequence[LogitsRule] = (),
@@ -36,6 +37,7 @@ class ModelRunner:
         self._model = model
         self._rotary = rotary
         self._attention = attention
+        self._kernels = kernels
         self._kv_caches = kv_caches
         self._attention_state = attention.make_state(limits)
         self._limits = limits
@@ -65,7 +67,7 @@ class ModelRunner:
         if samples is None:
             return StepOutput(step_id=step.step_id, token_ids={}, prompt_logprobs=prompt_logprobs)
         logits = self._model.head(hidden[samples.tokens], residual[samples.tokens])
-        drawn = sample(self._rules.apply(logits, samples), samples.inputs)
+        drawn = self._kernels.sample(self._rules.apply(logits, samples), samples.inputs)
         token_ids = _kept(samples, drawn.tolist())
         self._batch.append(samples, token_ids)
         if self._rules.any:

@@ -10,14 +10,23 @@ from torch import Tensor
 
 from octavo.interfaces.attention import BatchLimits
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step
+from octavo.interfaces.kernels import Activation
 from octavo.interfaces.manifest import ChosenComponent
-from octavo.interfaces.model import AttentionLayer, ForwardContext, LayerFactory, ModelArchitecture, Norm, Unary
+from octavo.interfaces.model import (
+    AttentionLayer,
+    ForwardContext,
+    GatedActivation,
+    LayerFactory,
+    ModelArchitecture,
+    Norm,
+    Unary,
+)
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
 from octavo.model_config import ModelConfig, RopeConfig
 from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
-from octavo.plugins.specs import AttentionNeed
+from octavo.plugins.specs import AttentionNeed, Need
 from octavo.runner.batch import PersistentBatch, StepInputs
 from octavo.sampling_params import SamplingParams
 from octavo.testing.suite import installed_components
@@ -59,7 +68,8 @@ class ModelUnderTest:
         self._attention = build_attention(attention, attention, need)
         loader = WeightLoader()
         method = _builtin("quantization", "unquantized").build({}, dtype, "cpu")
-        factory = DeviceLayerFactory(method, self._attention, loader)
+        kernels = _builtin("kernels", "torch").build(Need(device="cpu", dtype=str(dtype).removeprefix("torch.")))
+        factory = DeviceLayerFactory(method, self._attention, kernels, loader)
         self.asked = RecordingFactory(factory, loader, num_ranks)
         self.model = make(self.config, self.asked)
         self._rotary = factory.rotary_tables(max_model_len)
@@ -228,6 +238,9 @@ class RecordingFactory(LayerFactory):
     def norm(self, prefix: str, hidden_size: int, eps: float, *, weight_offset: float = 0.0) -> Norm:
         self._norms[f"{prefix}.weight"] = 1.0 - weight_offset
         return self._factory.norm(prefix, hidden_size, eps, weight_offset=weight_offset)
+
+    def gated_activation(self, activation: Activation) -> GatedActivation:
+        return self._factory.gated_activation(activation)
 
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary:
         self._embeddings.add(f"{prefix}.weight")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import ForwardContext, LayerFactory, ModelArchitecture
@@ -84,6 +83,7 @@ class GemmaLayer:
         self.gate_up = factory.stacked_linear(
             f"{prefix}.mlp", hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         )
+        self.activation = factory.gated_activation("gelu_tanh")
         self.down = factory.linear(f"{prefix}.mlp.down_proj", intermediate_size, hidden_size)
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class GemmaLayer:
         hidden, _ = self.attention_norm(self.attention(hidden, context), None)
         hidden, residual = self.mlp_norm(hidden, residual)
         gate, up = self.gate_up(hidden)
-        hidden, _ = self.output_norm(self.down(functional.gelu(gate, approximate="tanh") * up), None)
+        hidden, _ = self.output_norm(self.down(self.activation(gate, up)), None)
         return hidden, residual
 
 

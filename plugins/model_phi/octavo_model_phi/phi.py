@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import ForwardContext, LayerFactory, ModelArchitecture
@@ -43,6 +42,7 @@ class PhiLayer:
             {"gate_proj": intermediate_size, "up_proj": intermediate_size},
             stored_as="gate_up_proj",
         )
+        self.activation = factory.gated_activation("silu")
         self.down = factory.linear(f"{prefix}.mlp.down_proj", intermediate_size, hidden_size)
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class PhiLayer:
         hidden = self.output(self.attention(query, key, value, context))
         hidden, residual = self.mlp_norm(hidden, residual)
         gate, up = self.gate_up(hidden)
-        return self.down(functional.silu(gate) * up), residual
+        return self.down(self.activation(gate, up)), residual
 
 
 class Phi(ModelArchitecture):

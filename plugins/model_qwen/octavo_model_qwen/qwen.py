@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import ForwardContext, LayerFactory, ModelArchitecture
@@ -98,13 +97,14 @@ class QwenLayer:
         self.gate_up = factory.stacked_linear(
             f"{prefix}.mlp", hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         )
+        self.activation = factory.gated_activation("silu")
         self.down = factory.linear(f"{prefix}.mlp.down_proj", intermediate_size, hidden_size)
 
     def __call__(self, hidden: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         hidden, residual = self.input_norm(hidden, residual)
         hidden, residual = self.mlp_norm(self.attention(hidden, context), residual)
         gate, up = self.gate_up(hidden)
-        return self.down(functional.silu(gate) * up), residual
+        return self.down(self.activation(gate, up)), residual
 
 
 class Qwen(ModelArchitecture):

@@ -1,11 +1,12 @@
-"""The sampler: from logits to one token a row, vectorised; the draw depends on nothing but the row itself."""
+"""The kernels in plain torch: the reference of every other set."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from octavo.runner.batch import SamplingInputs
+from octavo.interfaces.kernels import Activation, Kernels, SamplingInputs
 
 # Odd 32-bit constants of MurmurHash3's finaliser (Appleby, public domain) and the golden ratio's fraction,
 # written as signed so that int32 tensors take them.
@@ -18,34 +19,35 @@ _GOLDEN = 0x9E3779B9 - 2**32
 _MIN_TEMPERATURE = 1e-5
 
 
-def sample(logits: Tensor, inputs: SamplingInputs) -> Tensor:
-    """Draw one token for each row.
+class TorchKernels(Kernels):
+    """Norms, gated activations and sampling in plain torch, each vectorised over the batch."""
 
-    Greedy rows take the arg-max. The others take arg-max(logits / temperature + Gumbel noise) over the tokens
-    that min-p, top-k and top-p leave, which is a draw from the softmax (the Gumbel-max trick). The noise is a hash of
-    (seed, sample index, position, token id): the same request draws the same on every device and in any batch.
+    def add_rms_norm(
+        self, hidden: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = hidden if residual is None else hidden + residual
+        if total.dtype == weight.dtype:
+            return functional.rms_norm(total, weight.shape, weight, eps), total
+        return functional.rms_norm(total.float(), weight.shape, weight, eps).to(total.dtype), total
 
-    Args:
-        logits: [num_samples, vocab_size], any float dtype, after the logits rules.
+    def gated_activation(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+        activated = functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+        return activated * up
 
-    Returns:
-        [num_samples] int64.
-
-    Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030.
-    """
-    greedy = _argmax(logits)
-    if inputs.all_greedy:
-        return greedy
-    is_greedy = inputs.temperature == 0
-    scores = logits.float() / inputs.temperature.clamp(min=_MIN_TEMPERATURE).unsqueeze(1)
-    if inputs.any_min_p:
-        # p < min_p * max p is score < max score + log(min_p); where min_p is 0, below -inf: never.
-        lowest = scores.amax(dim=-1, keepdim=True) + inputs.min_p.log().unsqueeze(1)
-        scores.masked_fill_(scores < lowest, float("-inf"))
-    if inputs.any_top_k or inputs.any_top_p:
-        _keep_top(scores, inputs)
-    scores += gumbel_noise(inputs, scores.shape[1])
-    return torch.where(is_greedy, greedy, _argmax(scores))
+    def sample(self, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+        greedy = _argmax(logits)
+        if inputs.all_greedy:
+            return greedy
+        is_greedy = inputs.temperature == 0
+        scores = logits.float() / inputs.temperature.clamp(min=_MIN_TEMPERATURE).unsqueeze(1)
+        if inputs.any_min_p:
+            # p < min_p * max p is score < max score + log(min_p); where min_p is 0, below -inf: never.
+            lowest = scores.amax(dim=-1, keepdim=True) + inputs.min_p.log().unsqueeze(1)
+            scores.masked_fill_(scores < lowest, float("-inf"))
+        if inputs.any_top_k or inputs.any_top_p:
+            _keep_top(scores, inputs)
+        scores += gumbel_noise(inputs, scores.shape[1])
+        return torch.where(is_greedy, greedy, _argmax(scores))
 
 
 def gumbel_noise(inputs: SamplingInputs, vocab_size: int, first_token_id: int = 0) -> Tensor:

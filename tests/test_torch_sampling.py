@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.runner import sampler
-from octavo.runner.batch import SamplingInputs
-from octavo.runner.sampler import gumbel_noise, sample
+from octavo.builtin import torch_kernels
+from octavo.builtin.torch_kernels import TorchKernels, gumbel_noise
+from octavo.interfaces.kernels import SamplingInputs
+from octavo.plugins.specs import Need
+
+sample = TorchKernels(Need(device="cpu", dtype="float32")).sample
 
 EULER_GAMMA = 0.5772156649
 CHI_SQUARE_7 = 29.9  # 7 degrees of freedom: exceeded by one in ten thousand
@@ -153,7 +156,7 @@ def test_each_row_has_its_own_top_k_and_top_p() -> None:
 
 def test_a_row_without_top_p_keeps_its_least_probable_token_beside_one_with(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.tensor([0.0, -30.0, -40.0]).repeat(2, 1)  # in float32 the first has all the probability
-    monkeypatch.setattr(sampler, "gumbel_noise", lambda inputs, vocab_size: torch.tensor([0.0, 0.0, 1e6]))
+    monkeypatch.setattr(torch_kernels, "gumbel_noise", lambda inputs, vocab_size: torch.tensor([0.0, 0.0, 1e6]))
     assert sample(rows, inputs(2, top_p=[1.0, 0.9])).tolist() == [2, 0]
 
 
