@@ -12,6 +12,11 @@ export TORCH_INDEX TORCH_CUDA
 # `plugins` itself is named so that a plugin that was added or deleted is noticed.
 SETUP := constraints.txt pyproject.toml scripts/install $(wildcard plugins plugins/*/pyproject.toml)
 
+# Tests of Triton kernels under its interpreter, in a process of their own: another cannot compile them.
+INTERPRETED := $(wildcard plugins/*/tests/interpreter)
+# ARGS may select none of them: pytest then ends with status 5.
+OR_NONE := || [ $$? -eq 5 ]
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full check wheels try-wheels bench loc FORCE
 
@@ -24,10 +29,12 @@ demo: .venv/installed ## answer a few chat prompts with the demo model
 test: .venv/installed-test ## the whole suite, without the tests marked `full`
 	$(BIN)/python -m octavo.demo_model
 	$(BIN)/python -m pytest $(ARGS)
+	$(if $(INTERPRETED),TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED) $(ARGS) $(OR_NONE))
 
 test-full: .venv/installed-test ## the whole suite, the long tests included
 	$(BIN)/python -m octavo.demo_model
 	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(if $(INTERPRETED),TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "" $(INTERPRETED) $(ARGS) $(OR_NONE))
 
 check: .venv/installed-test ## ruff's rules and format, mypy --strict
 	scripts/check

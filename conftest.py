@@ -1,0 +1,9 @@
+"""Which tests this process can run: Triton's kernels are interpreted or compiled, as TRITON_INTERPRET says at import."""
+
+from __future__ import annotations
+
+import os
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+collect_ignore_glob = ["plugins/*/tests/compiler/*" if _INTERPRETED else "plugins/*/tests/interpreter/*"]
