@@ -15,9 +15,9 @@ from octavo.interfaces.attention import (
     AttentionParameters,
     BatchLayout,
     BatchLimits,
-    KVBuffer,
     KVCache,
     KVLayout,
+    nhd_layout,
 )
 from octavo.plugins.specs import AttentionNeed
 
@@ -96,11 +96,7 @@ class TorchAttention(AttentionBackend):
         self._window = need.sliding_window if "sliding_window" in need.features else None
 
     def kv_layout(self) -> KVLayout:
-        shape = (self.need.block_size, self.need.num_kv_heads, self.need.head_dim)
-        return KVLayout(
-            name="torch-nhd",
-            buffers=tuple(KVBuffer(name=name, block_shape=shape, dtype=self._dtype) for name in ("key", "value")),
-        )
+        return nhd_layout(self.need)
 
     def make_state(self, limits: BatchLimits) -> _State:
         return _State()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.attention import KVBuffer as KVBuffer
     from octavo.interfaces.attention import KVCache as KVCache
     from octavo.interfaces.attention import KVLayout as KVLayout
+    from octavo.interfaces.attention import nhd_layout as nhd_layout
     from octavo.interfaces.attention import rotate as rotate
     from octavo.interfaces.checkpoint import Checkpoint as Checkpoint
     from octavo.interfaces.checkpoint import TokenizerData as TokenizerData
@@ -56,6 +57,7 @@ _MODULES = {
         "KVBuffer",
         "KVCache",
         "KVLayout",
+        "nhd_layout",
         "rotate",
     ),
     "checkpoint": ("Checkpoint", "TokenizerData"),

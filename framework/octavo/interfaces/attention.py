@@ -61,6 +61,24 @@ class KVLayout:
         return tuple(_zeros((num_blocks, *buffer.block_shape), buffer.dtype, device) for buffer in self.buffers)
 
 
+def nhd_layout(need: AttentionNeed) -> KVLayout:
+    """The published layout "torch-nhd": [block_size, num_kv_heads, head_dim] of keys, and the same of values.
+
+    With an fp8 cache they are float8_e4m3fn, and key_scale and value_scale, [block_size, num_kv_heads] float32, say what
+    each token's head is to be multiplied with: x = stored * scale, where scale is its largest magnitude over 448.
+    """
+    per_token = (need.block_size, need.num_kv_heads)
+    shape = (*per_token, need.head_dim)
+    if need.kv_cache_dtype == "auto":
+        dtype: torch.dtype = getattr(torch, need.dtype or "float32")
+        buffers = [KVBuffer(name=name, block_shape=shape, dtype=dtype) for name in ("key", "value")]
+    else:
+        buffers = [KVBuffer(name=name, block_shape=shape, dtype=torch.float8_e4m3fn) for name in ("key", "value")]
+        scales = ("key_scale", "value_scale")
+        buffers += [KVBuffer(name=name, block_shape=per_token, dtype=torch.float32) for name in scales]
+    return KVLayout(name="torch-nhd", buffers=tuple(buffers))
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
