@@ -1,4 +1,4 @@
-"""Which tests this process can run: Triton's kernels are interpreted or compiled, as TRITON_INTERPRET says at import."""
+"""Which tests this process can run: TRITON_INTERPRET says whether Triton kernels are interpreted or compiled."""
 
 from __future__ import annotations
 

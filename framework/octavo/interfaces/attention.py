@@ -64,7 +64,7 @@ class KVLayout:
 def nhd_layout(need: AttentionNeed) -> KVLayout:
     """The published layout "torch-nhd": [block_size, num_kv_heads, head_dim] of keys, and the same of values.
 
-    With an fp8 cache they are float8_e4m3fn, and key_scale and value_scale, [block_size, num_kv_heads] float32, say what
+    With an fp8 cache they are float8_e4m3fn; key_scale and value_scale, [block_size, num_kv_heads] float32, say what
     each token's head is to be multiplied with: x = stored * scale, where scale is its largest magnitude over 448.
     """
     per_token = (need.block_size, need.num_kv_heads)
