@@ -50,6 +50,11 @@ KNOWN_PACKAGES = (
         serves=frozenset({".gguf"}),
     ),
     KnownPackage(
+        distribution="octavo-kernels-triton",
+        kind="kernels",
+        names=frozenset({"triton"}),
+    ),
+    KnownPackage(
         distribution="octavo-model-gemma",
         kind="model",
         names=frozenset({"gemma2", "gemma3"}),
