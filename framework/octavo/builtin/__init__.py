@@ -26,7 +26,7 @@ def octavo_components() -> list[Spec]:
             name="torch",
             summary="Paged attention in plain torch, the reference of every kernel",
             target="octavo.builtin.torch_attention:TorchAttention",
-            features=frozenset({"prefill", "decode", "sliding_window", "logit_softcap"}),
+            features=frozenset({"prefill", "decode", "sliding_window", "logit_softcap", "fp8_kv_cache"}),
             kv_layout="torch-nhd",
         ),
         QuantizationSpec(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from octavo.builtin.fp8_cache import Pages, pages_of
 from octavo.interfaces.attention import (
     AttentionBackend,
     AttentionParameters,
@@ -37,11 +38,13 @@ class _DecodeGroup:
         slots: [group_size * padded_len] int64 cache slots of the contexts they see; padding repeats the first slot,
             which is always written.
         bias: [group_size, 1, 1, padded_len], 0 or -inf at padding, the model's dtype.
+        nobody: [group_size, 1, 1] bool, the requests that are padding; None in a step without any.
     """
 
     rows: Tensor | slice
     slots: Tensor
     bias: Tensor
+    nobody: Tensor | None
 
 
 @dataclass(slots=True)
@@ -50,7 +53,7 @@ class _Prefill:
 
     Attributes:
         start, end: its tokens in this step.
-        slots: [num_keys] int64, None when there is no context and the step's own tensors are enough.
+        slots: [num_keys] int64, None when there is no context and the step's own tensors are what the cache holds.
         bias: [tokens, num_keys] 0, or -inf at keys that a token does not see; None: each sees those up to its own.
     """
 
@@ -84,7 +87,8 @@ class TorchAttention(AttentionBackend):
     Decoding requests are one batched gather per group of similar lengths, the query heads of a KV head folded
     into the query length; a prefill is one call for each request. Layers with a window gather no more than it reaches;
     layers with a cap compute their scores one by one, which torch's own operator cannot cap. Layout "torch-nhd": keys
-    and values apart, each [num_blocks, block_size, num_kv_heads, head_dim].
+    and values apart, each [num_blocks, block_size, num_kv_heads, head_dim]. Of an fp8 cache every key and value is read
+    as it was rounded, those of this step too, so that it does not matter how a prompt is cut into chunks.
 
     Source: Kwon et al. 2023, PagedAttention, arXiv:2309.06180, section 4; grouped queries: arXiv:2305.13245.
     """
@@ -121,7 +125,7 @@ class TorchAttention(AttentionBackend):
         parameters: AttentionParameters,
     ) -> Tensor:
         assert isinstance(state, _State)
-        keys, values = (buffer.flatten(0, 1) for buffer in kv_cache)  # [slots, num_kv_heads, head_dim]
+        keys, values = pages_of(kv_cache)
         _write(keys, key, state)
         _write(values, value, state)
         output = torch.empty_like(query)
@@ -132,7 +136,7 @@ class TorchAttention(AttentionBackend):
             span = slice(prefill.start, prefill.end)
             new = key[span], value[span]
             if prefill.slots is not None:
-                new = keys.index_select(0, prefill.slots), values.index_select(0, prefill.slots)
+                new = keys.read(prefill.slots, query.dtype), values.read(prefill.slots, query.dtype)
             output[span] = self._prefill(query[span], *new, prefill.bias, parameters)
         return output.flatten(1)
 
@@ -163,42 +167,44 @@ class TorchAttention(AttentionBackend):
             rows=members if len(members) < layout.num_decode_requests else slice(layout.num_decode_requests),
             slots=torch.where(written, slots, slots[:, :1]).flatten(),
             bias=self._bias(~written)[:, None, None, :],
+            nobody=(seq_lens == 0).unsqueeze(2) if layout.has_padding else None,
         )
 
     def _decode(
-        self, query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, parameters: AttentionParameters
+        self, query: Tensor, keys: Pages, values: Pages, group: _DecodeGroup, parameters: AttentionParameters
     ) -> Tensor:
         num_requests, padded_len = group.bias.shape[0], group.bias.shape[-1]
-        shape = (num_requests, padded_len, *keys.shape[1:])
+        shape = (num_requests, padded_len, self.need.num_kv_heads, self.need.head_dim)
         queries = query.view(num_requests, self.need.num_kv_heads, self._group, -1)
-        keys = keys.index_select(0, group.slots).view(shape).transpose(1, 2)
-        values = values.index_select(0, group.slots).view(shape).transpose(1, 2)
+        key = keys.read(group.slots, query.dtype).view(shape).transpose(1, 2)
+        value = values.read(group.slots, query.dtype).view(shape).transpose(1, 2)
         if parameters.logit_softcap is not None:
-            return _capped_attention(queries, keys, values, group.bias, parameters).reshape(query.shape)
-        result = functional.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=group.bias.expand(-1, self.need.num_kv_heads, self._group, -1),
-            scale=parameters.scale,
-        )
-        return result.reshape(query.shape)
+            result = _capped_attention(queries, key, value, group.bias, parameters)
+        else:
+            result = functional.scaled_dot_product_attention(
+                queries,
+                key,
+                value,
+                attn_mask=group.bias.expand(-1, self.need.num_kv_heads, self._group, -1),
+                scale=parameters.scale,
+            )
+        result = result.reshape(query.shape)
+        return result if group.nobody is None else result.masked_fill(group.nobody, 0.0)
 
     # ----------------------------------------------------------------------------------------------- prefill
 
     def _plan_prefill(self, layout: BatchLayout, index: int, window: int) -> _Prefill:
         start, end = int(layout.host_query_start_loc[index]), int(layout.host_query_start_loc[index + 1])
         seq_len, num_tokens = int(layout.host_seq_lens[index]), end - start
-        if seq_len == num_tokens <= window:
-            return _Prefill(start=start, end=end, slots=None, bias=None)
         device = layout.seq_lens.device
-        positions = torch.arange(seq_len - num_tokens, seq_len, device=device).unsqueeze(1)
         seen = torch.arange(max(seq_len - num_tokens - window + 1, 0), seq_len, device=device)
-        slots = None
-        if seq_len > num_tokens:
+        slots = bias = None
+        if seq_len > num_tokens or self.need.kv_cache_dtype != "auto":
             slots = _slots(layout.block_table[index : index + 1], seen, layout.block_size).flatten()
-        hidden = (seen > positions) | (seen <= positions - window)
-        return _Prefill(start=start, end=end, slots=slots, bias=self._bias(hidden))
+        if seq_len > min(num_tokens, window):
+            positions = torch.arange(seq_len - num_tokens, seq_len, device=device).unsqueeze(1)
+            bias = self._bias((seen > positions) | (seen <= positions - window))
+        return _Prefill(start=start, end=end, slots=slots, bias=bias)
 
     def _prefill(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, parameters: AttentionParameters
@@ -246,9 +252,8 @@ def _capped_attention(
     return (scores.add_(bias).softmax(dim=-1) @ value.float()).to(query.dtype)
 
 
-def _write(cache: Tensor, new: Tensor, state: _State) -> None:
-    rows = new if state.write_rows is None else new[state.write_rows]
-    cache.index_copy_(0, state.write_slots, rows)
+def _write(pages: Pages, new: Tensor, state: _State) -> None:
+    pages.write(state.write_slots, new if state.write_rows is None else new[state.write_rows])
 
 
 def _slots(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
