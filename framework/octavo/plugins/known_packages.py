@@ -44,6 +44,11 @@ class KnownPackage:
 
 KNOWN_PACKAGES = (
     KnownPackage(
+        distribution="octavo-attention-triton",
+        kind="attention",
+        names=frozenset({"triton-flash", "triton-paged"}),
+    ),
+    KnownPackage(
         distribution="octavo-checkpoint-gguf",
         kind="checkpoint",
         names=frozenset({"gguf"}),
