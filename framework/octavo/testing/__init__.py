@@ -18,6 +18,7 @@ from octavo._lazy import lazy_getattr
 
 if TYPE_CHECKING:
     from octavo.testing.attention import AttentionSuite as AttentionSuite
+    from octavo.testing.kernels import KernelsSuite as KernelsSuite
     from octavo.testing.model import ModelSuite as ModelSuite
     from octavo.testing.quantization import QuantizationCase as QuantizationCase
     from octavo.testing.quantization import QuantizationSuite as QuantizationSuite
@@ -25,14 +26,20 @@ if TYPE_CHECKING:
     from octavo.testing.run import run_suite as run_suite
     from octavo.testing.scheduler import SchedulerSuite as SchedulerSuite
     from octavo.testing.suite import Suite as Suite
+    from octavo.testing.triton_compile import CompiledKernel as CompiledKernel
+    from octavo.testing.triton_compile import check_against_table as check_against_table
+    from octavo.testing.triton_compile import compiling as compiling
+    from octavo.testing.triton_compile import write_table as write_table
 
 _MODULES = {
     "attention": ("AttentionSuite",),
+    "kernels": ("KernelsSuite",),
     "model": ("ModelSuite",),
     "quantization": ("QuantizationCase", "QuantizationSuite", "StoredLinear"),
     "run": ("run_suite",),
     "scheduler": ("SchedulerSuite",),
     "suite": ("Suite",),
+    "triton_compile": ("CompiledKernel", "check_against_table", "compiling", "write_table"),
 }
 
 # A failed assert of a suite shows its values, as one in the author's own test file does. Before anything imports them.
