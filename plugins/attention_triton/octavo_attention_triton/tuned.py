@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """Tile sizes of this package's kernels: data per GPU architecture in configs/, a heuristic where there is none.
 
 Nothing is measured while serving; `python -m octavo_attention_triton.tune` does, and writes a file.
