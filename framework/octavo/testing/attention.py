@@ -8,179 +8,22 @@ Its spec says what is asked of it: features, head sizes, block sizes, dtypes. Wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
 from octavo.interfaces.attention import AttentionBackend, AttentionParameters
 from octavo.nn.split_attention import SplitAttention
-from octavo.plugins.registry import Candidate
-from octavo.plugins.specs import AttentionNeed, AttentionSpec
-from octavo.testing.attention_needs import (
-    BLOCK_SIZES,
-    CAPS,
-    CHUNKS,
-    DECODES,
-    DTYPES,
-    HEAD_SIZES,
-    HEADS,
-    LAYER_VALUES,
-    MORE_TOKENS,
-    PHASES,
-    PREFILLS,
-    WINDOWS,
-    build_partner,
-    in_words,
-    variations,
-)
-from octavo.testing.paged_scene import Batch, PagedScene, Row, blocks_that_differ, torch_dtype, usual_parameters
-from octavo.testing.suite import Suite, installed_components
+from octavo.plugins.specs import AttentionNeed
+from octavo.testing.attention_checks import AttentionChecks
+from octavo.testing.attention_needs import DTYPES, PHASES, build_partner, phase_of
+from octavo.testing.paged_scene import blocks_that_differ, usual_parameters
 
 
-class AttentionSuite(Suite):
-    """The conformance of an attention backend.
-
-    Attributes:
-        device: where its tests run. A backend that needs a GPU says "cuda", and its tests are skipped elsewhere with
-            `pytestmark = pytest.mark.skipif(...)`.
-        tolerances: largest error of an output, by dtype; values are drawn from a normal distribution.
-    """
-
-    kind = "attention"
-    device: ClassVar[str] = "cpu"
-    tolerances: ClassVar[Mapping[str, float]] = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
-
-    # ---------------------------------------------------------------------------------------- what is under test
-
-    def make(self, need: AttentionNeed) -> AttentionBackend:
-        """The backend for a need, as the engine makes it."""
-        backend: AttentionBackend = self.build(need)
-        return backend
-
-    def spec(self) -> AttentionSpec:
-        """What the component says of itself."""
-        spec = self.candidate().spec
-        assert isinstance(spec, AttentionSpec)
-        return spec
-
-    def need(self) -> AttentionNeed:
-        """The simplest need that the component accepts."""
-        features = self.spec().features & PHASES
-        sizes = {"head_dim": self.head_sizes(), "block_size": self.block_sizes(), "heads": HEADS}
-        first = AttentionNeed(
-            device=self.device, features=features, num_heads=1, num_kv_heads=1, head_dim=1, block_size=1
-        )
-        tried = list(variations(first, dtype=DTYPES, **sizes))
-        accepted = next((need for need in tried if not self.spec().why_not(need)), None)
-        assert accepted is not None, (
-            f"it refuses every need the suite knows on device {self.device!r} (a class attribute of the suite), "
-            f"the first of them because it {'; '.join(self.spec().why_not(tried[0]))}"
-        )
-        return accepted
-
-    def accepted(self, **choices: Sequence[object]) -> list[AttentionNeed]:
-        """Needs that differ from `need()` in these fields and that the component accepts."""
-        return [need for need in variations(self.need(), **choices) if not self.spec().why_not(need)]
-
-    def needs_with(self, *features: str, **values: Sequence[object]) -> list[AttentionNeed]:
-        """Needs of these features, with each of these values; none when the component does not declare them."""
-        if not self.spec().features >= set(features):
-            return []
-        found = self.accepted(features=[self.need().features | set(features)], **values)
-        assert found, f"its spec declares {', '.join(features)} and it refuses all of {values}"
-        return found
-
-    def head_sizes(self) -> tuple[int, ...]:
-        """Those that the spec lists; some, when it takes any."""
-        return self.spec().head_sizes or HEAD_SIZES
-
-    def block_sizes(self) -> tuple[int, ...]:
-        """Those that the spec lists; some, when it takes any."""
-        return self.spec().block_sizes or BLOCK_SIZES
-
-    def partners(self, need: AttentionNeed) -> list[Candidate]:
-        """Other installed backends that can serve this need over the same published KV layout."""
-        layout = self.spec().kv_layout
-        return [
-            one
-            for one in installed_components().ask("attention", need)
-            if layout and isinstance(one.spec, AttentionSpec) and one.spec.kv_layout == layout
-            if not one.reasons and one.full_name != self.candidate().full_name
-        ]
-
-    # ---------------------------------------------------------------------------------------------- setting up
-
-    @pytest.fixture(autouse=True)
-    def _one_thread(self) -> Iterator[None]:
-        """Threads of many small products wait for each other longer than they compute."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(before)
-
-    def set_up(
-        self,
-        lengths: Sequence[tuple[int, int]],
-        need: AttentionNeed | None = None,
-        *,
-        amplify: float = 1.0,
-    ) -> tuple[PagedScene, Batch]:
-        """Requests of these (context, new) lengths, their contexts written, and the step that computes what is new.
-
-        Requests of a phase that the component does not serve are left out; when that is all of them, the test does
-        not concern it.
-        """
-        need = need or self.need()
-        lengths = [one for one in lengths if self._phase(*one) in need.features]
-        if not lengths:
-            pytest.skip(f"{self.component} serves {' and '.join(sorted(need.features))} only")
-        backend = self.make(need)
-        scene = PagedScene(backend, need, device=self.device)
-        requests = [scene.request(context + new + MORE_TOKENS, amplify=amplify) for context, new in lengths]
-        pairs = list(zip(requests, lengths, strict=True))
-        if contexts := [Row(request=one, start=0, end=context) for one, (context, _) in pairs if context]:
-            scene.step(scene.batch(contexts), backend if "prefill" in need.features else self._context_writer(need))
-        return scene, scene.batch([Row(request=one, start=start, end=start + new) for one, (start, new) in pairs])
-
-    def check(
-        self,
-        need: AttentionNeed,
-        output: Tensor,
-        batch: Batch,
-        *,
-        parameters: AttentionParameters | None = None,
-        by: str = "it",
-    ) -> None:
-        """Compare a step's output with the formula; rows that are padding have no right output."""
-        assert need.dtype is not None
-        assert output.dtype == torch_dtype(need), f"the output is {output.dtype}, the query {torch_dtype(need)}"
-        parameters = parameters or usual_parameters(need)
-        wanted = batch.wanted(parameters)
-        assert output.shape == wanted.shape, "the output is [num_tokens, num_heads * head_dim]"
-        errors = (output.cpu().double() - wanted).abs().amax(dim=1)
-        errors = errors.masked_fill(batch.layout.slot_mapping.cpu() < 0, 0.0)
-        token = int(errors.nan_to_num(nan=torch.inf).argmax())
-        where = f"{batch.row_of(token)}, {in_words(need)}, {parameters}"
-        assert errors.isfinite().all(), f"not finite: {by} reads slots that were never written, or overflows ({where})"
-        allowed = self.tolerances[need.dtype]
-        assert errors[token] <= allowed, f"{by} is wrong by {errors[token]:.2g}, allowed is {allowed:g} ({where})"
-
-    def _phase(self, context: int, new: int) -> str:
-        return "decode" if context and new == 1 else "prefill"
-
-    def _context_writer(self, need: AttentionNeed) -> AttentionBackend:
-        """A backend for decode alone reads what another wrote, so there must be another."""
-        need = replace(need, features=frozenset({"prefill"}))
-        partners = self.partners(need)
-        assert partners, (
-            f"{self.component} serves decode alone and no installed backend serves prefill over its KV layout "
-            f"{self.spec().kv_layout!r}; declare prefill too, or a layout that another backend has published"
-        )
-        return build_partner(partners[0], need)
+class AttentionSuite(AttentionChecks):
+    """The conformance of an attention backend."""
 
     # ------------------------------------------------------------------------------------------------- contract
 
@@ -220,19 +63,19 @@ class AttentionSuite(Suite):
     # ------------------------------------------------------------------------------------------------- numbers
 
     def test_prefills_equal_the_formula(self) -> None:
-        self._check_step(PREFILLS)
+        self._check_step(self.shapes.prefills)
 
     def test_chunks_attend_to_their_context_and_to_themselves(self) -> None:
-        self._check_step(CHUNKS)
+        self._check_step(self.shapes.chunks)
 
     def test_decodes_equal_the_formula(self) -> None:
-        self._check_step(DECODES)
+        self._check_step(self.shapes.decodes)
 
     def test_decodes_chunks_and_prefills_in_one_step_equal_the_formula(self) -> None:
-        self._check_step(DECODES + CHUNKS + PREFILLS)
+        self._check_step(self.shapes.everything)
 
     def test_query_heads_are_grouped_in_order_over_the_kv_heads(self) -> None:
-        for need in self.accepted(heads=HEADS):
+        for need in self.accepted(heads=self.shapes.heads):
             self._check_step(((17, 1), (0, 17)), need)
 
     def test_every_head_size_that_it_accepts(self) -> None:
@@ -254,21 +97,22 @@ class AttentionSuite(Suite):
             self.check(need, scene.step(batch, parameters=parameters), batch, parameters=parameters)
 
     def test_a_window_shows_the_last_tokens_and_no_other(self) -> None:
-        for need in self.needs_with("sliding_window", sliding_window=WINDOWS):
+        for need in self.needs_with("sliding_window", sliding_window=self.shapes.windows):
             parameters = replace(usual_parameters(need), sliding_window=need.sliding_window)
-            scene, batch = self.set_up(DECODES + CHUNKS + PREFILLS, need)
+            scene, batch = self.set_up(self.shapes.everything, need)
             self.check(need, scene.step(batch, parameters=parameters), batch, parameters=parameters)
 
     def test_scores_are_capped_smoothly(self) -> None:
-        for need in self.needs_with("logit_softcap", logit_softcap=CAPS):
+        for need in self.needs_with("logit_softcap", logit_softcap=self.shapes.caps):
             parameters = replace(usual_parameters(need), logit_softcap=need.logit_softcap)
-            scene, batch = self.set_up(DECODES[::2] + CHUNKS + PREFILLS, need, amplify=3.0)
+            scene, batch = self.set_up(self.shapes.everything, need, amplify=3.0)
             self.check(need, scene.step(batch, parameters=parameters), batch, parameters=parameters)
 
     def test_one_plan_serves_layers_with_and_without_a_window_or_a_cap(self) -> None:
-        features = sorted(set(LAYER_VALUES) & self.spec().features)
-        for need in self.needs_with(*features, **{feature: LAYER_VALUES[feature][:1] for feature in features}):
-            scene, batch = self.set_up(DECODES + CHUNKS + PREFILLS, need)
+        values = {"sliding_window": self.shapes.windows[-1:], "logit_softcap": self.shapes.caps[:1]}
+        features = sorted(set(values) & self.spec().features)
+        for need in self.needs_with(*features, **{feature: values[feature] for feature in features}):
+            scene, batch = self.set_up(self.shapes.everything, need)
             scene.plan(batch)
             of_layers = [usual_parameters(need)]
             for feature in features:
@@ -303,7 +147,7 @@ class AttentionSuite(Suite):
             assert error <= self.tolerances[str(need.dtype)], f"{row}: differs by {error:.2g} from when it is alone"
 
     def test_same_step_gives_the_same_bits(self) -> None:
-        scene, batch = self.set_up(DECODES + CHUNKS + PREFILLS)
+        scene, batch = self.set_up(self.shapes.everything)
         assert torch.equal(scene.step(batch), scene.step(batch))
 
     # --------------------------------------------------------------------------------------------------- inputs
@@ -335,7 +179,7 @@ class AttentionSuite(Suite):
     def test_writes_no_block_but_those_of_its_slots(self) -> None:
         for lengths in (((15, 1), (31, 1), (32, 1)), ((0, 16), (0, 17), (31, 33))):
             need = self.need()
-            if {self._phase(*one) for one in lengths} <= need.features:
+            if {phase_of(*one) for one in lengths} <= need.features:
                 scene, batch = self.set_up(lengths, need)
                 before = tuple(buffer.clone() for buffer in scene.cache)
                 scene.step(batch)
@@ -354,7 +198,7 @@ class AttentionSuite(Suite):
     def test_what_one_step_writes_the_next_ones_read(self) -> None:
         need, num_tokens = self.need(), 1 if "decode" in self.need().features else 3
         scene, batch = self.set_up(((13, num_tokens), (30, num_tokens)), need)
-        for _ in range(5):
+        for _ in range(self.shapes.num_steps):
             self.check(need, scene.step(batch), batch)
             batch = scene.batch([row.next(num_tokens) for row in batch.rows])
 
@@ -384,7 +228,7 @@ class AttentionSuite(Suite):
 
     def test_plan_forgets_the_one_before(self) -> None:
         need = self.need()
-        scene, batch = self.set_up(DECODES + CHUNKS + PREFILLS, need)
+        scene, batch = self.set_up(self.shapes.everything, need)
         after = scene.batch(batch.rows[1::3])
         scene.step(batch.without_writes_of(batch.rows[-1]))
         scene.plan(scene.batch(batch.rows[::4]))
@@ -404,7 +248,7 @@ class AttentionSuite(Suite):
         if not need.features >= PHASES:
             pytest.skip(f"{self.component} serves {' and '.join(sorted(need.features))} only")
         prefill, decode = (self.make(replace(need, features=frozenset({phase}))) for phase in ("prefill", "decode"))
-        scene, batch = self.set_up(DECODES[:5] + CHUNKS + PREFILLS, need)
+        scene, batch = self.set_up(self.shapes.everything, need)
         self.check(need, scene.step(batch, SplitAttention(prefill, decode)), batch)
 
     def test_other_backends_of_its_layout_read_what_it_writes(self) -> None:
