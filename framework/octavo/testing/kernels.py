@@ -232,7 +232,8 @@ class KernelsSuite(Suite):
     def test_draws_equal_the_formula(self) -> None:
         for dtype in self.dtypes():
             num_rows = 8 if self.small else 60
-            logits = self.normal(num_rows, self.vocab_size, dtype=dtype, scale=3.0)
+            # Far from 0, where sums in half precision would have large steps.
+            logits = self.normal(num_rows, self.vocab_size, dtype=dtype, scale=3.0) + 50
             self.check_draws(logits, self.varied_inputs(num_rows, top_k=0, top_p=1.0, min_p=0.0))
             self.check_draws(logits, self.varied_inputs(num_rows))
 
@@ -326,7 +327,7 @@ class KernelsSuite(Suite):
             "seed": (row - num_rows // 2) * 0x1234_5678_9ABC,
             "sample_index": row % 4,
             "position": row * 37 % 100_000,
-            "top_k": row % 3 * 20,
+            "top_k": row % 3 * 3,
             "top_p": 1 - row % 2 * 0.2,
             "min_p": row % 7 * 0.01,
         }
