@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import torch
+from batch_scene import (
+    BLOCK_SIZE,
+    LIMITS,
+    MAX_MODEL_LEN,
+    MAX_NUM_REQUESTS,
+    VOCAB_SIZE,
+    Sequence,
+    entered,
+    samples_of,
+    updated_inputs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.interfaces import BatchLimits, NewRow, ScheduledRow, Step
+from octavo.interfaces import NewRow, ScheduledRow, Step
 from octavo.interfaces.executor import BlockCopy
-from octavo.runner.batch import PersistentBatch, Samples, StepInputs
+from octavo.runner.batch import PersistentBatch
+from octavo.runner.step_inputs import StepInputs
 from octavo.sampling_params import SamplingParams
-
-BLOCK_SIZE = 4
-MAX_MODEL_LEN = 24
-MAX_NUM_REQUESTS = 4
-VOCAB_SIZE = 1000
-LIMITS = BatchLimits(
-    max_num_requests=MAX_NUM_REQUESTS,
-    max_num_tokens=MAX_NUM_REQUESTS * MAX_MODEL_LEN,
-    max_model_len=MAX_MODEL_LEN,
-    block_size=BLOCK_SIZE,
-    device="cpu",
-)
-
-
-@dataclass(kw_only=True)
-class Sequence:
-    """A request as its owner knows it."""
-
-    request_id: str
-    token_ids: list[int]
-    num_prompt_tokens: int
-    num_computed_tokens: int = 0
-    block_ids: list[int] = field(default_factory=list)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    sample_index: int = 0
-    min_p: float = 0.0
-
-    def row(self) -> NewRow:
-        return NewRow(
-            request_id=self.request_id,
-            token_ids=list(self.token_ids),
-            num_prompt_tokens=self.num_prompt_tokens,
-            params=SamplingParams(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p),
-            seed=self.seed,
-            sample_index=self.sample_index,
-        )
 
 
 class Owner:
@@ -196,7 +169,7 @@ def plainly_read(inputs: StepInputs) -> dict[str, Any]:
         return found | NOTHING_SAMPLED
     assert samples.positions.tolist() == samples.inputs.position.tolist()
     return found | {
-        "sampled_tokens": samples.tokens.tolist(),
+        "sampled_tokens": samples.of(torch.arange(layout.num_tokens)).tolist(),
         "sample_request_ids": samples.request_ids,
         **{
             name: getattr(samples.inputs, name).tolist()
@@ -215,11 +188,6 @@ NOTHING_SAMPLED: dict[str, Any] = {
     "any_top_p": False,
     "any_min_p": False,
 }
-
-
-def samples_of(inputs: StepInputs) -> Samples:
-    assert inputs.samples is not None
-    return inputs.samples
 
 
 @settings(deadline=None, max_examples=60, derandomize=True, database=None)
@@ -269,7 +237,7 @@ def test_all_fields_of_a_step_are_one_transfer() -> None:
     inputs = batch.inputs(step)
     sampling = samples_of(inputs).inputs
     tensors = [
-        *(inputs.token_ids, inputs.positions, samples_of(inputs).tokens, inputs.layout.slot_mapping),
+        *(inputs.token_ids, inputs.positions, samples_of(inputs).device_rows, inputs.layout.slot_mapping),
         *(inputs.layout.query_start_loc, inputs.layout.seq_lens, inputs.layout.block_table),
         *(sampling.seed, sampling.temperature, sampling.top_k, sampling.position),
     ]
@@ -278,29 +246,6 @@ def test_all_fields_of_a_step_are_one_transfer() -> None:
 
 
 # ----------------------------------------------------------------------------------------- drafts, forks, choices
-
-
-def entered(*sequences: Sequence) -> PersistentBatch:
-    """A batch in which these have computed all their tokens but the last."""
-    batch = PersistentBatch(LIMITS)
-    rows = [
-        ScheduledRow(
-            request_id=one.request_id,
-            num_computed_tokens=0,
-            num_tokens=len(one.token_ids) - 1,
-            new_block_ids=one.block_ids,
-            samples=False,
-        )
-        for one in sequences
-    ]
-    batch.update(Step(step_id=0, entering=[one.row() for one in sequences], rows=rows))
-    return batch
-
-
-def updated_inputs(batch: PersistentBatch, *rows: ScheduledRow, entering: list[NewRow] | None = None) -> StepInputs:
-    step = Step(step_id=1, entering=entering or [], rows=list(rows))
-    batch.update(step)
-    return batch.inputs(step)
 
 
 def test_a_row_with_drafts_samples_after_the_token_before_them_and_after_each() -> None:
@@ -322,7 +267,7 @@ def test_a_row_with_drafts_samples_after_the_token_before_them_and_after_each() 
     assert inputs.token_ids.tolist() == [5, 3, 8, 9]  # "b" decodes and comes first
     samples = samples_of(inputs)
     assert samples.request_ids == ["b", "a", "a", "a"]
-    assert samples.tokens.tolist() == [0, 1, 2, 3]
+    assert samples.of(torch.arange(4)).tolist() == [0, 1, 2, 3]
     assert samples.positions.tolist() == [2, 3, 4, 5]
     assert samples.drafts == {"a": (8, 9)}
 
@@ -358,7 +303,7 @@ def test_a_fork_samples_from_its_origin_s_last_token_with_a_key_of_its_own() -> 
     assert inputs.layout.num_requests == 1
     samples = samples_of(inputs)
     assert samples.request_ids == ["a", "b"]
-    assert samples.tokens.tolist() == [2, 2]
+    assert samples.of(torch.arange(3)).tolist() == [2, 2]
     assert samples.positions.tolist() == [3, 3]
     assert samples.inputs.sample_index.tolist() == [0, 1]
     batch.append(samples, {"a": [7], "b": [8]})

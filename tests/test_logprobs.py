@@ -309,7 +309,7 @@ def test_without_detokenize_there_is_no_text(llm: LLM) -> None:
 
 def test_each_row_gets_as_many_as_it_asks_for() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]] * 4)
-    found = token_logprobs(logits, torch.tensor([1, 0, 2, 1]), [0, 2, -1, 9])
+    found = token_logprobs(logits, torch.tensor([1, 0, 2, 1]), [0, 2, -1, 9]).read()
     wanted = logits[0].log_softmax(-1).tolist()
     ids = [(1,), (0, 1, 3), (2, 1, 3, 2, 0), (1, 1, 3, 2, 0)]
     assert [one.token_ids for one in found] == ids
@@ -320,5 +320,5 @@ def test_each_row_gets_as_many_as_it_asks_for() -> None:
 
 def test_half_precision_logits_are_summed_in_float32() -> None:
     logits = torch.linspace(-4, 4, 5000, dtype=torch.bfloat16).repeat(1, 1)
-    (found,) = token_logprobs(logits, torch.tensor([4999]), [0])
+    (found,) = token_logprobs(logits, torch.tensor([4999]), [0]).read()
     assert found.logprobs[0] == pytest.approx(logits.double().log_softmax(-1)[0, 4999].item(), abs=1e-5)

@@ -14,8 +14,8 @@ from torch import Tensor
 from octavo import SamplingParams
 from octavo.interfaces import LogitsRule, NewRow, RuleLimits
 from octavo.interfaces.kernels import SamplingInputs
-from octavo.runner.batch import Samples
 from octavo.runner.rules import RuleSet
+from octavo.runner.step_inputs import Samples
 
 LIMITS = RuleLimits(max_num_requests=8, vocab_size=4, device="cpu")
 
@@ -57,6 +57,8 @@ def samples(rows: Sequence[int], positions: Sequence[int] | None = None) -> Samp
         tokens=torch.arange(size),
         request_ids=[str(row) for row in rows],
         rows=np.array(rows),
+        device_rows=torch.tensor(rows),
+        entries=np.zeros(size, np.int64),
         positions=np.array(positions if positions is not None else [1] * size),
         drafts={},
         inputs=SamplingInputs(
@@ -120,9 +122,9 @@ def test_a_row_looks_back_when_one_of_its_rules_does() -> None:
     rules = RuleSet([Recorder("a", 1.0), Recorder("b", 1.0, looks_back=True)])
     for row, names in enumerate([(), ("a",), ("b",), ("a", "b")]):
         rules.enter(row, request(str(row), *names))
-    assert [rules.looks_back(row) for row in range(4)] == [False, False, True, True]
+    assert [rules.looks_back_at([row]) for row in range(4)] == [False, False, True, True]
     rules.leave("2")
-    assert not rules.looks_back(2)
+    assert not rules.looks_back_at([2])
 
 
 @given(

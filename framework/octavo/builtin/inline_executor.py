@@ -7,11 +7,12 @@ from collections.abc import Callable
 from octavo.errors import EngineDeadError
 from octavo.interfaces.executor import Executor, ExecutorReport, Step, StepOutput
 from octavo.interfaces.manifest import Manifest
+from octavo.runner.model_runner import StepInFlight
 from octavo.runner.worker import Worker
 
 
 class InlineExecutor(Executor):
-    """`submit` computes the step at once; `collect` hands its tokens over."""
+    """`submit` computes the step, or queues its work on a GPU; `collect` waits for it and hands its tokens over."""
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
@@ -23,11 +24,13 @@ class InlineExecutor(Executor):
     def submit(self, step: Step) -> object:
         self.check()
         assert self._worker is not None
-        return self._worker.execute(step)
+        return self._worker.submit(step)
 
     def collect(self, handle: object) -> StepOutput:
-        assert isinstance(handle, StepOutput)
-        return handle
+        assert isinstance(handle, StepInFlight)
+        self.check()
+        assert self._worker is not None
+        return self._worker.collect(handle)
 
     def check(self) -> None:
         if self._worker is None:

@@ -5,70 +5,23 @@ This is the one place where a step becomes tensors, copied to the device in a si
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.interfaces.attention import BatchLayout, BatchLimits
+from octavo.interfaces.attention import PAD_SLOT, BatchLayout, BatchLimits
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step
 from octavo.interfaces.kernels import SamplingInputs
+from octavo.runner.step_inputs import PromptTargets, Samples, StepInputs
+from octavo.runner.transfer import Array, StepTransfer
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
-_ALIGNMENT = 16  # bytes; every field of the transfer starts at a multiple of it
 _MAX_INT32 = 2**31 - 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Samples:
-    """The tokens a step draws. A request with drafts has several, in order of position; the others one.
-
-    Attributes:
-        tokens: [num_samples] int64 on the device: the token of the step whose logits each is drawn from.
-        request_ids: whose each is.
-        rows: their rows in the batch, [num_samples] int64 on the host.
-        positions: where in its request each drawn token will stand, [num_samples] int64 on the host.
-        drafts: request id -> the guesses that its samples are to be compared with.
-    """
-
-    tokens: Tensor
-    request_ids: list[str]
-    rows: Array
-    positions: Array
-    drafts: Mapping[str, tuple[int, ...]]
-    inputs: SamplingInputs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PromptTargets:
-    """Prompt tokens whose logprobs are asked for: `token_ids[i]` follows token `first + i` of the step."""
-
-    request_id: str
-    first: int
-    token_ids: Array
-    num_logprobs: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepInputs:
-    """One step as tensors.
-
-    Attributes:
-        token_ids: [num_tokens] int64; positions: [num_tokens] int64.
-        layout: where each request's tokens are, for attention.
-        samples: what is drawn; None when no row samples.
-        prompt_targets: of the requests that want their prompts' logprobs.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    layout: BatchLayout
-    samples: Samples | None
-    prompt_targets: list[PromptTargets]
+_MOST_BYTES_PER_ROW = 256  # of a step's arrays, the block table apart
+_KNOWN = -1  # a token's source when it is known on the host
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,12 +35,23 @@ class _Draws:
 
 
 class PersistentBatch:
-    """Rows of the running requests. A row holds its tokens (its own samples included) and its block table."""
+    """Rows of the running requests. A row holds its tokens (its own samples included) and its block table.
 
-    def __init__(self, limits: BatchLimits) -> None:
+    Args:
+        max_graph_size: the largest of the sizes to which steps of decodes alone may be padded; 0: none are.
+
+    Attributes:
+        graph_sizes: those sizes, rising; steps of more requests are not padded.
+    """
+
+    def __init__(self, limits: BatchLimits, max_graph_size: int = 0) -> None:
         rows, blocks = limits.max_num_requests, -(-limits.max_model_len // limits.block_size)
+        self.graph_sizes: Sequence[int] = ()
         self._block_size = limits.block_size
-        self._device = limits.device
+        self._max_model_len = limits.max_model_len
+        fixed_bytes = rows * (_MOST_BYTES_PER_ROW + 4 * blocks) + _MOST_BYTES_PER_ROW if max_graph_size else 0
+        self._transfer = StepTransfer(limits.device, fixed_bytes)
+        self._fixed_block_table = torch.zeros((max_graph_size, blocks), dtype=torch.int32, device=limits.device)
         self._row_of: dict[str, int] = {}
         self._free_rows = list(range(rows - 1, -1, -1))
         self._token_ids = np.zeros((rows, limits.max_model_len), np.int64)
@@ -99,13 +63,18 @@ class PersistentBatch:
         self._top_k = np.zeros(rows, np.int32)
         self._seed = np.zeros(rows, np.int64)
         self._sample_index = np.zeros(rows, np.int32)
-        self._num_tokens = np.zeros(rows, np.int64)  # up to the last sample
+        self._num_tokens = np.zeros(rows, np.int64)  # that are known here: what comes behind is still on the device
+        self._num_entries = np.zeros(rows, np.int64)
         self._num_logprobs: dict[int, int] = {}
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # row -> (tokens of the prompt, logprobs of each)
 
     def row_of(self, request_id: str) -> int:
         """The row of a request that has entered: below `max_num_requests`, its own until it leaves."""
         return self._row_of[request_id]
+
+    def find_row(self, request_id: str) -> int | None:
+        """The same; None when it has left."""
+        return self._row_of.get(request_id)
 
     @property
     def any_logprobs(self) -> bool:
@@ -142,11 +111,14 @@ class PersistentBatch:
                 end = scheduled.num_computed_tokens + scheduled.num_tokens
                 row = self._row_of[scheduled.request_id]
                 self._token_ids[row, end - len(scheduled.token_ids) : end] = scheduled.token_ids
+                self._num_tokens[row] = max(self._num_tokens[row], end)
 
     def _enter(self, new: NewRow) -> None:
         row = self._row_of[new.request_id] = self._free_rows.pop()
         params = new.params
+        self._num_entries[row] += 1
         self._token_ids[row, : len(new.token_ids)] = new.token_ids
+        self._num_tokens[row] = len(new.token_ids)
         self._block_table[row, : self._num_blocks[row]] = 0  # of the request that had the row before
         self._num_blocks[row] = 0
         self._temperature[row], self._top_p[row], self._min_p[row] = params.temperature, params.top_p, params.min_p
@@ -183,59 +155,111 @@ class PersistentBatch:
         if num_requests < len(step.rows):
             draws = self._with_forks(draws, step)
 
-        device = self._to_device(
-            {
-                "token_ids": self._token_ids[token_rows, positions],
-                "positions": positions,
-                "slot_mapping": blocks * self._block_size + positions % self._block_size,
-                "sampled_tokens": draws.tokens,
-                "seed": self._seed[draws.rows],
-                "query_start_loc": query_start_loc,
-                "seq_lens": seq_lens,
-                "block_table": self._block_table[rows, : -(-max_seq_len // self._block_size)],
-                "temperature": self._temperature[draws.rows],
-                "top_p": self._top_p[draws.rows],
-                "min_p": self._min_p[draws.rows],
-                "top_k": self._top_k[draws.rows],
-                "sample_index": self._sample_index[draws.rows],
-                "sample_position": draws.positions.astype(np.int32),
-            }
-        )
+        graph_size = None if is_prefill.any() else self._graph_size(num_requests)
+        unknown = positions >= self._num_tokens[token_rows]
+        arrays = {  # what a captured step reads comes first: its place must not depend on what varies
+            "token_ids": self._token_ids[token_rows, positions],
+            "token_sources": np.where(unknown, token_rows, _KNOWN),
+            "positions": positions,
+            "slot_mapping": blocks * self._block_size + positions % self._block_size,
+            "seq_lens": seq_lens,
+            "query_start_loc": query_start_loc,
+        }
+        if graph_size is not None:
+            arrays = _padded(arrays, graph_size)
+        arrays |= self._of_samples(draws)
+        arrays["block_table"] = self._block_table[rows, : -(-max_seq_len // self._block_size)]
+        device = self._transfer.send(arrays, fixed=graph_size is not None)
         num_decodes = num_requests - int(is_prefill.sum())
+        layout = BatchLayout(
+            num_requests=num_requests,
+            num_tokens=len(positions),
+            num_decode_requests=num_decodes,
+            num_decode_tokens=num_decodes,
+            max_query_len=int(lengths.max()),
+            max_seq_len=max_seq_len,
+            block_size=self._block_size,
+            query_start_loc=device["query_start_loc"],
+            seq_lens=device["seq_lens"],
+            block_table=device["block_table"],
+            slot_mapping=device["slot_mapping"],
+            host_query_start_loc=query_start_loc,
+            host_seq_lens=seq_lens,
+        )
+        if graph_size is not None:
+            self._fixed_block_table[:num_requests, : device["block_table"].shape[1]] = device["block_table"]
+            layout = self._fixed_layout(device, graph_size)
         return StepInputs(
             token_ids=device["token_ids"],
+            token_sources=device["token_sources"] if graph_size is not None or unknown.any() else None,
             positions=device["positions"],
-            layout=BatchLayout(
-                num_requests=num_requests,
-                num_tokens=len(positions),
-                num_decode_requests=num_decodes,
-                num_decode_tokens=num_decodes,
-                max_query_len=int(lengths.max()),
-                max_seq_len=max_seq_len,
-                block_size=self._block_size,
-                query_start_loc=device["query_start_loc"],
-                seq_lens=device["seq_lens"],
-                block_table=device["block_table"],
-                slot_mapping=device["slot_mapping"],
-                host_query_start_loc=query_start_loc,
-                host_seq_lens=seq_lens,
-            ),
+            layout=layout,
             samples=self._samples(draws, drafts, device) if draws.request_ids else None,
             prompt_targets=self._prompt_targets(rows, starts, lengths, query_start_loc, scheduled),
+            graph_size=graph_size,
         )
 
-    def append(self, samples: Samples, token_ids: Mapping[str, Sequence[int]]) -> None:
-        """Put the samples that were kept behind each row, where the next step reads them."""
+    def padding(self, graph_size: int) -> StepInputs:
+        """A step of that many padding requests and no other, its tensors where those of every step of the size lie."""
+        none = np.zeros(0, np.int64)
+        arrays = dict.fromkeys(("token_ids", "token_sources", "positions", "slot_mapping"), none)
+        arrays |= {"seq_lens": none.astype(np.int32), "query_start_loc": np.zeros(1, np.int32)}
+        device = self._transfer.send(_padded(arrays, graph_size), fixed=True)
+        return StepInputs(
+            token_ids=device["token_ids"],
+            token_sources=device["token_sources"],
+            positions=device["positions"],
+            layout=self._fixed_layout(device, graph_size),
+            samples=None,
+            prompt_targets=[],
+            graph_size=graph_size,
+        )
+
+    def _graph_size(self, num_requests: int) -> int | None:
+        index = bisect_left(self.graph_sizes, num_requests)
+        return self.graph_sizes[index] if index < len(self.graph_sizes) else None
+
+    def _fixed_layout(self, device: Mapping[str, Tensor], graph_size: int) -> BatchLayout:
+        """Of a padded step of decodes; its host sizes hold for every step of the size."""
+        return BatchLayout(
+            num_requests=graph_size,
+            num_tokens=graph_size,
+            num_decode_requests=graph_size,
+            num_decode_tokens=graph_size,
+            max_query_len=1,
+            max_seq_len=self._max_model_len,
+            block_size=self._block_size,
+            query_start_loc=device["query_start_loc"],
+            seq_lens=device["seq_lens"],
+            block_table=self._fixed_block_table[:graph_size],
+            slot_mapping=device["slot_mapping"],
+            host_query_start_loc=np.arange(graph_size + 1, dtype=np.int32),
+            host_seq_lens=np.full(graph_size, self._max_model_len, np.int32),
+            has_padding=True,
+        )
+
+    def append(self, samples: Samples, token_ids: Mapping[str, Sequence[int]]) -> list[str]:
+        """Put the samples that were kept behind each row, where later steps read them.
+
+        Returns:
+            whose they are; requests that have left since, or left and come again, are not among them.
+        """
         end = self._token_ids.shape[1]
-        seen: set[str] = set()
-        for request_id, row, position in zip(samples.request_ids, samples.rows, samples.positions, strict=True):
-            if samples.drafts:  # the first sample of a request comes first; it says where they begin
-                if request_id in seen:
-                    continue
-                seen.add(request_id)
+        known: dict[str, None] = {}
+        entries = self._num_entries[samples.rows]
+        for request_id, row, then, now, position in zip(
+            *(samples.request_ids, samples.rows.tolist(), samples.entries.tolist(), entries.tolist()),
+            samples.positions.tolist(),
+            strict=True,
+        ):
+            # The first sample of a request comes first; it says where those of one with drafts begin.
+            if then != now or request_id in known or self._row_of.get(request_id) != row:
+                continue
+            known[request_id] = None
             kept = token_ids[request_id][: end - position]  # the last token of a full context is never computed
             self._token_ids[row, position : position + len(kept)] = kept
             self._num_tokens[row] = position + len(kept)
+        return list(known)
 
     # ---------------------------------------------------------------------------------------------------- draws
 
@@ -262,11 +286,30 @@ class PersistentBatch:
             positions=np.concatenate((draws.positions, draws.positions[origins])),
         )
 
+    def _of_samples(self, draws: _Draws) -> dict[str, Array]:
+        """What is sent of the samples."""
+        rows = draws.rows
+        return {
+            "sampled_tokens": draws.tokens,
+            "sampled_rows": rows,
+            "seed": self._seed[rows],
+            "temperature": self._temperature[rows],
+            "top_p": self._top_p[rows],
+            "min_p": self._min_p[rows],
+            "top_k": self._top_k[rows],
+            "sample_index": self._sample_index[rows],
+            "sample_position": draws.positions.astype(np.int32),
+        }
+
     def _samples(self, draws: _Draws, drafts: Mapping[str, tuple[int, ...]], device: Mapping[str, Tensor]) -> Samples:
+        rows = draws.rows
+        in_order = np.array_equal(draws.tokens, np.arange(len(rows)))
         return Samples(
-            tokens=device["sampled_tokens"],
+            tokens=None if in_order else device["sampled_tokens"],
             request_ids=draws.request_ids,
-            rows=draws.rows,
+            rows=rows,
+            device_rows=device["sampled_rows"],
+            entries=self._num_entries[rows],
             positions=draws.positions,
             drafts=drafts,
             inputs=SamplingInputs(
@@ -277,10 +320,10 @@ class PersistentBatch:
                 seed=device["seed"],
                 sample_index=device["sample_index"],
                 position=device["sample_position"],
-                all_greedy=not self._temperature[draws.rows].any(),
-                any_top_k=bool(self._top_k[draws.rows].any()),
-                any_top_p=bool((self._top_p[draws.rows] < 1).any()),
-                any_min_p=bool(self._min_p[draws.rows].any()),
+                all_greedy=not self._temperature[rows].any(),
+                any_top_k=bool(self._top_k[rows].any()),
+                any_top_p=bool((self._top_p[rows] < 1).any()),
+                any_min_p=bool(self._min_p[rows].any()),
             ),
         )
 
@@ -305,23 +348,18 @@ class PersistentBatch:
                 )
         return targets
 
-    def _to_device(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
-        """All arrays in one transfer: packed into one buffer, copied once, handed out as views."""
-        offsets, size = {}, 0
-        for name, array in arrays.items():
-            offsets[name] = size
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-        host = np.empty(size, np.uint8)
-        for name, array in arrays.items():
-            view = host[offsets[name] : offsets[name] + array.nbytes]
-            view.view(array.dtype).reshape(array.shape)[...] = array
-        device = torch.from_numpy(host).to(self._device)
-        return {
-            name: device[offsets[name] : offsets[name] + array.nbytes]
-            .view(torch.from_numpy(np.empty(0, array.dtype)).dtype)
-            .view(array.shape)
-            for name, array in arrays.items()
-        }
+
+def _padded(arrays: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """Arrays of a step of decodes, with requests that are nobody's behind those it has."""
+    fillings = {"token_sources": _KNOWN, "slot_mapping": PAD_SLOT}
+    padded = {name: _filled(array, size, fillings.get(name, 0)) for name, array in arrays.items()}
+    return padded | {"query_start_loc": np.arange(size + 1, dtype=np.int32)}
+
+
+def _filled(array: Array, size: int, filling: int) -> Array:
+    filled = np.full(size, filling, array.dtype)
+    filled[: len(array)] = array[:size]
+    return filled
 
 
 def _one_more_for_each_draft(draws: _Draws, drafts: Mapping[str, tuple[int, ...]]) -> _Draws:

@@ -9,7 +9,7 @@ from operator import index
 from octavo.errors import PluginError
 from octavo.interfaces.executor import NewRow
 from octavo.interfaces.proposer import Continuation, Proposer
-from octavo.runner.batch import Array
+from octavo.runner.transfer import Array
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 from octavo.interfaces.attention import BatchLimits
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step
 from octavo.interfaces.proposer import Continuation, IncrementalModel
-from octavo.runner.batch import Array
 from octavo.runner.model_runner import ModelRunner
+from octavo.runner.transfer import Array
 from octavo.sampling_params import SamplingParams
 
 

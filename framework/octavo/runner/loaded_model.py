@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.errors import ConfigError
-from octavo.interfaces.attention import AttentionBackend, BatchLimits
+from octavo.interfaces.attention import AttentionBackend, BatchLimits, KVCache
 from octavo.interfaces.checkpoint import Checkpoint
 from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.logits_rule import LogitsRule
@@ -23,6 +23,7 @@ from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import Need
 from octavo.runner.drafting import Drafter
+from octavo.runner.graphs import GraphPlan
 from octavo.runner.model_runner import ModelRunner
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -59,13 +60,34 @@ class LoadedModel:
         )
 
     def make_runner(
-        self, num_blocks: int, rules: Sequence[LogitsRule] = (), drafter: Drafter | None = None
+        self,
+        num_blocks: int,
+        rules: Sequence[LogitsRule] = (),
+        drafter: Drafter | None = None,
+        graph_plan: GraphPlan | None = None,
     ) -> ModelRunner:
-        """Allocate `num_blocks` for each layer; called once."""
+        """Allocate `num_blocks` for each layer."""
         layout, device = self.attention.kv_layout(), self.manifest.device
         kv_caches = [layout.allocate(num_blocks, device) for _ in range(self.config.num_layers)]
+        return self._runner(kv_caches, rules, drafter, graph_plan)
+
+    def make_trial_runner(self, num_blocks: int) -> ModelRunner:
+        """A runner that computes as the real one does, but in blocks that all layers share: its tokens mean nothing."""
+        kv_cache = self.attention.kv_layout().allocate(num_blocks, self.manifest.device)
+        return self._runner([kv_cache] * self.config.num_layers)
+
+    def _runner(
+        self,
+        kv_caches: Sequence[KVCache],
+        rules: Sequence[LogitsRule] = (),
+        drafter: Drafter | None = None,
+        graph_plan: GraphPlan | None = None,
+    ) -> ModelRunner:
         return ModelRunner(
-            self.architecture, self.rotary, self.attention, self.kernels, kv_caches, self.limits, rules, drafter
+            *(self.architecture, self.rotary, self.attention, self.kernels, kv_caches, self.limits),
+            rules=rules,
+            drafter=drafter,
+            graph_plan=graph_plan,
         )
 
 

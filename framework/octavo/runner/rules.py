@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.interfaces.executor import NewRow
 from octavo.interfaces.logits_rule import LogitsRule
-from octavo.runner.batch import Samples
+from octavo.runner.step_inputs import Samples
 
 
 class RuleSet:
@@ -36,9 +36,9 @@ class RuleSet:
                 rows.remove(row)
                 rule.remove(row)
 
-    def looks_back(self, row: int) -> bool:
-        """Whether what a row may sample depends on its samples before."""
-        return any(row in rows for rule, rows in self._rules if rule.looks_back)
+    def looks_back_at(self, rows: Sequence[int]) -> bool:
+        """Whether what any of these rows may sample depends on its samples before."""
+        return any(rule.looks_back and not of_rule.isdisjoint(rows) for rule, of_rule in self._rules)
 
     def apply(self, logits: Tensor, samples: Samples) -> Tensor:
         """Logits after all rules: [num_samples, vocab_size]; the very same when no row is under a rule."""

@@ -12,6 +12,7 @@ from octavo.interfaces.logits_rule import RuleLimits
 from octavo.interfaces.manifest import Manifest
 from octavo.interfaces.proposer import IncrementalModel, ProposerContext
 from octavo.runner.drafting import Drafter
+from octavo.runner.graphs import graph_plan
 from octavo.runner.incremental_model import PagedIncrementalModel
 from octavo.runner.kv_cache import (
     check_num_kv_blocks,
@@ -22,6 +23,8 @@ from octavo.runner.kv_cache import (
     without_draft_kv,
 )
 from octavo.runner.loaded_model import LoadedModel, check_same_vocabulary, load_model
+from octavo.runner.model_runner import StepInFlight
+from octavo.runner.trial import activation_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,9 @@ class Worker:
                 check_same_vocabulary(manifest, manifest.draft_model)
                 draft = load_model(manifest.draft_model, lambda _phase: nullcontext())
         engine, bytes_per_block = manifest.config, model.bytes_per_block
+        if manifest.device == "cuda":  # a CPU's KV cache takes no more than half of what is free
+            with self._phase("try the largest steps"):
+                activation_bytes(model)
         with self._phase("allocate KV cache"):
             budget = kv_cache_budget(engine, device_memory(manifest.device), manifest.device)
             if draft is not None:
@@ -48,11 +54,16 @@ class Worker:
             rule_limits = RuleLimits(
                 max_num_requests=engine.max_num_seqs, vocab_size=model.config.vocab_size, device=manifest.device
             )
+            graphs = graph_plan(manifest.device, engine.max_num_seqs, engine.enforce_eager)
             self._runner = model.make_runner(
                 num_blocks,
                 rules=[rule.build(rule_limits) for rule in manifest.logits_rules],
                 drafter=_drafter(model, beside),
+                graph_plan=graphs,
             )
+        if graphs is not None:
+            with self._phase("capture decode steps"):
+                self._runner.capture()
         self.report = ExecutorReport(
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes + draft_kv_bytes,
@@ -60,8 +71,11 @@ class Worker:
             phases=tuple(self._phases),
         )
 
-    def execute(self, step: Step) -> StepOutput:
-        return self._runner.execute(step)
+    def submit(self, step: Step) -> StepInFlight:
+        return self._runner.submit(step)
+
+    def collect(self, step: StepInFlight) -> StepOutput:
+        return self._runner.collect(step)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

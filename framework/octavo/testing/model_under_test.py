@@ -27,7 +27,8 @@ from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed, Need
-from octavo.runner.batch import PersistentBatch, StepInputs
+from octavo.runner.batch import PersistentBatch
+from octavo.runner.step_inputs import StepInputs
 from octavo.sampling_params import SamplingParams
 from octavo.testing.suite import installed_components
 

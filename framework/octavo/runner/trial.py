@@ -1,0 +1,93 @@
+"""A trial before the engine starts: the largest steps there can be, so that what they need is known and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from octavo.interfaces.attention import BatchLimits
+from octavo.interfaces.executor import NewRow, ScheduledRow, Step
+from octavo.runner.loaded_model import LoadedModel
+from octavo.sampling_params import SamplingParams
+
+
+def activation_bytes(model: LoadedModel) -> int:
+    """Memory of a GPU that steps take beside weights and KV cache: measured, by making the largest."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    num_blocks = num_trial_blocks(model.limits)
+    make_trial_steps(model)
+    torch.cuda.synchronize()
+    cache_bytes = num_blocks * model.attention.kv_layout().bytes_per_block
+    peak = torch.cuda.max_memory_allocated() - before - cache_bytes
+    torch.cuda.empty_cache()
+    return max(0, peak)
+
+
+def make_trial_steps(model: LoadedModel) -> None:
+    """The largest steps of each kind: a long prompt, many short ones beside a decode, decodes alone."""
+    runner = model.make_trial_runner(num_trial_blocks(model.limits))
+    for step in trial_steps(model.limits):
+        runner.execute(step)
+
+
+def num_trial_blocks(limits: BatchLimits) -> int:
+    """Blocks that the trial's requests need."""
+    longest, short, num_short = _sizes(limits)
+    return _blocks(longest + 2, limits) + num_short * _blocks(short + 1, limits)
+
+
+def trial_steps(limits: BatchLimits) -> Iterator[Step]:
+    """One request with as long a prompt as a step takes; as many more as fit beside its next token; a token of all."""
+    longest, short, num_short = _sizes(limits)
+    lengths = [longest] + [short] * num_short
+    names = [f"trial-{index}" for index in range(len(lengths))]
+    counts = [_blocks(longest + 2, limits)] + [_blocks(short + 1, limits)] * num_short
+    firsts = [sum(counts[:index]) for index in range(len(counts))]
+    rows = [
+        ScheduledRow(
+            request_id=name,
+            num_computed_tokens=0,
+            num_tokens=length,
+            new_block_ids=list(range(first, first + count)),
+            samples=True,
+        )
+        for name, length, first, count in zip(names, lengths, firsts, counts, strict=True)
+    ]
+    entering = [_new_row(name, length) for name, length in zip(names, lengths, strict=True)]
+    yield Step(step_id=0, entering=entering[:1], rows=rows[:1])
+    fits = longest < limits.max_model_len
+    if num_short:
+        yield Step(step_id=1, entering=entering[1:], rows=[_next(rows[0], 1)] * fits + rows[1:])
+    decodes = [_next(rows[0], 2)] * (longest + 1 < limits.max_model_len)
+    decodes += [_next(row, 1) for row in rows[1:] if row.num_tokens < limits.max_model_len]
+    if decodes:
+        yield Step(step_id=2, rows=decodes)
+
+
+def _sizes(limits: BatchLimits) -> tuple[int, int, int]:
+    """(tokens of the long prompt, of each short one, how many short ones there are)."""
+    longest = min(limits.max_num_tokens, limits.max_model_len)
+    num_short = min(limits.max_num_requests, limits.max_num_tokens) - 1
+    short = min(limits.max_model_len, (limits.max_num_tokens - 1) // num_short) if num_short else 0
+    return longest, short, num_short
+
+
+def _blocks(num_tokens: int, limits: BatchLimits) -> int:
+    return -(-min(num_tokens, limits.max_model_len) // limits.block_size)
+
+
+def _new_row(name: str, num_tokens: int) -> NewRow:
+    """Drawn as what costs most: from a softmax of which top-k and top-p leave out a part."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50)
+    return NewRow(
+        request_id=name, token_ids=[0] * num_tokens, num_prompt_tokens=num_tokens, params=params, seed=0, sample_index=0
+    )
+
+
+def _next(row: ScheduledRow, num_tokens_later: int) -> ScheduledRow:
+    """The token that comes so many after a prompt's last."""
+    return row._replace(
+        num_computed_tokens=row.num_tokens + num_tokens_later - 1, num_tokens=1, new_block_ids=[], samples=True
+    )
