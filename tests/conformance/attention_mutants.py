@@ -1,135 +1,15 @@
-"""A plain attention backend, right in every step, and backends that each get one step wrong."""
+"""Backends that each get one step of attention wrong, and the test of the suite that says so."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import torch
+from conformance.plain_attention import PlainAttention
 from torch import Tensor
 
-from octavo.interfaces import (
-    PAD_SLOT,
-    AttentionBackend,
-    AttentionParameters,
-    BatchLayout,
-    BatchLimits,
-    KVBuffer,
-    KVCache,
-    KVLayout,
-)
+from octavo.interfaces import AttentionParameters, BatchLayout, KVCache, KVLayout, rotate
 from octavo.plugins.specs import AttentionNeed
-
-
-class PlainAttention(AttentionBackend):
-    """One request after the other: write, gather, scores, mask, softmax, sum. Layout "torch-nhd"."""
-
-    def __init__(self, need: AttentionNeed) -> None:
-        super().__init__(need)
-        self.dtype: torch.dtype = getattr(torch, str(need.dtype))
-        self.group = need.num_heads // need.num_kv_heads
-
-    def kv_layout(self) -> KVLayout:
-        shape = (self.need.block_size, self.need.num_kv_heads, self.need.head_dim)
-        buffers = tuple(KVBuffer(name=name, block_shape=shape, dtype=self.dtype) for name in ("key", "value"))
-        return KVLayout(name="torch-nhd", buffers=buffers)
-
-    def make_state(self, limits: BatchLimits) -> dict[str, object]:
-        return {}
-
-    def plan(self, layout: BatchLayout, state: object) -> None:
-        assert isinstance(state, dict)
-        state["layout"] = layout
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: KVCache,
-        state: object,
-        parameters: AttentionParameters,
-    ) -> Tensor:
-        assert isinstance(state, dict)
-        layout: BatchLayout = state["layout"]
-        self.write(kv_cache, key, value, layout)
-        outputs = []
-        for index in range(layout.num_requests):
-            tokens = slice(int(layout.host_query_start_loc[index]), int(layout.host_query_start_loc[index + 1]))
-            seq_len = self.seq_len(layout, index)
-            slots = self.slots(layout.block_table[index].long(), seq_len)
-            keys, values = (buffer.flatten(0, 1)[slots] for buffer in kv_cache)
-            scores = self.scores(query[tokens], keys, self.scale(parameters.scale))
-            if (cap := self.cap(parameters)) is not None:
-                scores = cap * (scores / cap).tanh()
-            hidden = self.hidden(tokens.stop - tokens.start, seq_len) | self.behind_window(scores, parameters)
-            weights = self.softmax(scores.masked_fill(hidden, -torch.inf))
-            outputs.append(torch.einsum("hqk,khd->qhd", weights, self.heads_of(values).float()))
-        return self.result(torch.cat(outputs).flatten(1))
-
-    # Each step that a mutant may get wrong.
-
-    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
-        written = layout.slot_mapping != PAD_SLOT
-        for buffer, new in zip(kv_cache, (key, value), strict=True):
-            buffer.flatten(0, 1)[layout.slot_mapping[written]] = new[written]
-
-    def seq_len(self, layout: BatchLayout, index: int) -> int:
-        return int(layout.seq_lens[index])
-
-    def slots(self, block_ids: Tensor, seq_len: int) -> Tensor:
-        positions, size = torch.arange(seq_len), self.need.block_size
-        return block_ids[positions // size] * size + positions % size
-
-    def scale(self, scale: float) -> float:
-        return scale
-
-    def heads_of(self, keys: Tensor) -> Tensor:
-        return keys.repeat_interleave(self.group, dim=1)
-
-    def scores(self, query: Tensor, keys: Tensor, scale: float) -> Tensor:
-        return torch.einsum("qhd,khd->hqk", query.float(), self.heads_of(keys).float()) * scale
-
-    def hidden(self, num_tokens: int, seq_len: int) -> Tensor:
-        return torch.arange(seq_len) > torch.arange(seq_len - num_tokens, seq_len).unsqueeze(1)
-
-    def cap(self, parameters: AttentionParameters) -> float | None:
-        return parameters.logit_softcap
-
-    def behind_window(self, scores: Tensor, parameters: AttentionParameters) -> Tensor:
-        num_tokens, seq_len = scores.shape[1:]
-        last_hidden = torch.arange(seq_len - num_tokens, seq_len) - (parameters.sliding_window or seq_len)
-        return torch.arange(seq_len) <= last_hidden.unsqueeze(1)
-
-    def softmax(self, scores: Tensor) -> Tensor:
-        return scores.softmax(dim=-1)
-
-    def result(self, output: Tensor) -> Tensor:
-        return output.to(self.dtype)
-
-
-class OneBufferAttention(PlainAttention):
-    """As right, over another layout: one buffer, heads before tokens."""
-
-    def kv_layout(self) -> KVLayout:
-        shape = (2, self.need.num_kv_heads, self.need.block_size, self.need.head_dim)
-        return KVLayout(name="one-buffer", buffers=(KVBuffer(name="kv", block_shape=shape, dtype=self.dtype),))
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: KVCache,
-        state: object,
-        parameters: AttentionParameters,
-    ) -> Tensor:
-        (buffer,) = kv_cache
-        both = tuple(buffer[:, index].transpose(1, 2).contiguous() for index in (0, 1))
-        output = super().forward(query, key, value, both, state, parameters)
-        for index, tensor in enumerate(both):
-            buffer[:, index] = tensor.transpose(1, 2)
-        return output
-
 
 # -------------------------------------------------------------------------------------------- what is attended to
 
@@ -346,6 +226,129 @@ class WantsContiguousValues(PlainAttention):
         super().write(kv_cache, key, value.as_strided(value.shape, packed), layout)
 
 
+# ------------------------------------------------------------------------------------- rotation, padding, graphs
+
+
+class RotatesNeighbours(PlainAttention):
+    """Pairs each element with its neighbour, the other convention."""
+
+    def rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        size = rotary[0].shape[-1]
+        order = torch.arange(size).view(2, size // 2).T.flatten()  # 0, size / 2, 1, size / 2 + 1 ...
+        turned = rotate(x[..., :size][..., order.argsort()], rotary)[..., order]
+        return torch.cat((turned, x[..., size:]), dim=2)
+
+
+class RotatesWhatIsLast(PlainAttention):
+    """Of a partial rotation the last elements, not the first."""
+
+    def rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        kept = x.shape[2] - rotary[0].shape[-1]
+        return torch.cat((x[..., :kept], rotate(x[..., kept:], rotary)), dim=2)
+
+
+class RotatesPackedHeads(PlainAttention):
+    """Reads queries and keys as if they lay without gaps, when it rotates them."""
+
+    def rotated(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        return super().rotated(x.as_strided(x.shape, torch.empty(x.shape).stride()), rotary)
+
+
+class ReadsOneKeyAtLeast(PlainAttention):
+    def seq_len(self, layout: BatchLayout, index: int) -> int:
+        return max(1, super().seq_len(layout, index))
+
+
+class WritesForNobody(PlainAttention):
+    """Takes a request without a slot for one that begins in its first block."""
+
+    def write(self, kv_cache: KVCache, key: Tensor, value: Tensor, layout: BatchLayout) -> None:
+        slots = torch.where(layout.slot_mapping < 0, 0, layout.slot_mapping)
+        super().write(kv_cache, key, value, dataclasses.replace(layout, slot_mapping=slots))
+
+
+class LengthsOfThePlan(PlainAttention):
+    """Copies the lengths in `plan`, to memory that no graph knows."""
+
+    def plan(self, layout: BatchLayout, state: object) -> None:
+        super().plan(dataclasses.replace(layout, seq_lens=layout.seq_lens.clone()), state)
+
+
+class LaunchesForHostLengths(PlainAttention):
+    """Leaves out of its work what the host knew to be long, when it planned."""
+
+    def plan(self, layout: BatchLayout, state: object) -> None:
+        super().plan(layout, state)
+        state["longest"] = int(layout.seq_lens.max())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
+    ) -> Tensor:
+        layout, longest = state["layout"], state["longest"]
+        seen = {**state, "layout": dataclasses.replace(layout, seq_lens=layout.seq_lens.clamp(max=longest))}
+        return super().forward(query, key, value, kv_cache, seen, parameters)
+
+
+# ----------------------------------------------------------------------------------------------------------- fp8
+
+
+class CutsToFp8(PlainAttention):
+    """Rounds toward zero."""
+
+    def fp8(self, x: Tensor) -> Tensor:
+        nearest = super().fp8(x)
+        too_far = nearest.float().abs() > x.abs()
+        return (nearest.view(torch.uint8) - too_far.to(torch.uint8)).view(nearest.dtype)
+
+
+class OneScaleForAllHeads(PlainAttention):
+    def scale_of(self, x: Tensor) -> Tensor:
+        return super().scale_of(x).amax(dim=1, keepdim=True).expand(x.shape[:2]) * 4
+
+
+class ScalesOfKeysForValues(PlainAttention):
+    def read(self, kv_cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+        if len(kv_cache) == 4:
+            kv_cache = (*kv_cache[:2], kv_cache[2], kv_cache[2])
+        return super().read(kv_cache, slots)
+
+
+class ScalesInAnotherOrder(PlainAttention):
+    def kv_layout(self) -> KVLayout:
+        layout = super().kv_layout()
+        return dataclasses.replace(layout, buffers=(*layout.buffers[:2], *layout.buffers[:1:-1]))
+
+
+class ReadsWhatIsNewUnrounded(PlainAttention):
+    """Attends to this step's keys as they were before they were written in fp8."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: KVCache,
+        state: object,
+        parameters: AttentionParameters,
+    ) -> Tensor:
+        self.new = dict(zip(state["layout"].slot_mapping.tolist(), zip(key, value, strict=True), strict=True))
+        return super().forward(query, key, value, kv_cache, state, parameters)
+
+    def read(self, kv_cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
+        found = super().read(kv_cache, slots)
+        for index, slot in enumerate(slots.tolist()):
+            if slot in self.new:
+                for tensor, unrounded in zip(found, self.new[slot], strict=True):
+                    tensor[index] = unrounded
+        return found
+
+
 # ---------------------------------------------------------------------------------------------------- contract
 
 
@@ -403,6 +406,18 @@ MUTANTS: dict[type[PlainAttention], str] = {
     KeepsLongestLengths: "plan_forgets_the_one_before",
     ScalesQueryInPlace: "inputs_are_left_as_they_are",
     WantsContiguousValues: "inputs_may_be_slices_of_one_wider_tensor",
+    RotatesNeighbours: "rotates_queries_and_keys_in_the_same_pass",
+    RotatesWhatIsLast: "rotates_queries_and_keys_in_the_same_pass",
+    RotatesPackedHeads: "rotates_queries_and_keys_in_the_same_pass",
+    ReadsOneKeyAtLeast: "requests_that_are_padding_get_something_finite_and_change_nothing",
+    WritesForNobody: "requests_that_are_padding_get_something_finite_and_change_nothing",
+    LengthsOfThePlan: "captured_step_goes_by_what_its_tensors_hold_when_it_is_replayed",
+    LaunchesForHostLengths: "captured_step_goes_by_what_its_tensors_hold_when_it_is_replayed",
+    CutsToFp8: "fp8_cache_holds_each_head_rounded_to_the_nearest",
+    OneScaleForAllHeads: "fp8_cache_holds_each_head_rounded_to_the_nearest",
+    ScalesOfKeysForValues: "attention_over_an_fp8_cache_equals_the_formula_over_what_it_holds",
+    ReadsWhatIsNewUnrounded: "attention_over_an_fp8_cache_equals_the_formula_over_what_it_holds",
+    ScalesInAnotherOrder: "fp8_cache_of_a_published_name_is_the_published_one",
     MisnamesLayout: "kv_layout_has_the_name_that_its_spec_publishes",
     LayoutDependsOnPhase: "kv_layout_follows_from_the_need_alone",
     SwapsKeysAndValues: "other_backends_of_its_layout_read_what_it_writes",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from conformance.attention_mutants import MUTANTS, IgnoresCap, OneBufferAttention, PlainAttention, WindowWithoutItself
+from conformance.attention_mutants import MUTANTS, IgnoresCap, WindowWithoutItself
+from conformance.plain_attention import OneBufferAttention, PlainAttention
 
 from octavo.interfaces import AttentionBackend
 from octavo.plugins.host import Plugin
@@ -17,17 +18,24 @@ SPEC = AttentionSpec(
     name="plain",
     summary="One request after the other",
     target="conformance.attention_mutants:PlainAttention",
-    features=frozenset({"prefill", "decode", "sliding_window", "logit_softcap"}),
+    features=frozenset({"prefill", "decode", "sliding_window", "logit_softcap", "fp8_kv_cache"}),
     kv_layout="torch-nhd",
 )
+OF_ITS_OWN = replace(SPEC, kv_layout="", features=SPEC.features - {"fp8_kv_cache"})
 PLUGIN = Plugin(name="test", module="octavo.builtin", distribution="test", version="0")
 
 
-def run(backend: type[PlainAttention] = PlainAttention, spec: AttentionSpec = SPEC) -> dict[str, str]:
+def run(
+    backend: type[PlainAttention] = PlainAttention,
+    spec: AttentionSpec = SPEC,
+    select: str = "not entry_module",  # which takes a process to look at octavo.builtin
+    is_small: bool = False,
+) -> dict[str, str]:
     """The suite's outcomes for a backend that no installed plugin brings."""
 
     class SuiteOfBackend(AttentionSuite):
         component = "test/plain"
+        small = is_small
 
         def candidate(self) -> Candidate:
             return Candidate(plugin=PLUGIN, spec=spec)
@@ -35,24 +43,27 @@ def run(backend: type[PlainAttention] = PlainAttention, spec: AttentionSpec = SP
         def make(self, need: AttentionNeed) -> AttentionBackend:
             return backend(need)
 
-    return run_suite(SuiteOfBackend, "not entry_module")  # which takes a process to look at octavo.builtin
+    return run_suite(SuiteOfBackend, select)
 
 
 def failed(outcomes: dict[str, str]) -> dict[str, str]:
     return {test: outcome for test, outcome in outcomes.items() if outcome.startswith("failed")}
 
 
+@pytest.mark.parametrize("is_small", [False, True], ids=["many", "few"])
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_planted_fault_is_caught_by_the_test_that_names_it(mutant: type[PlainAttention]) -> None:
-    assert f"test_{MUTANTS[mutant]}" in failed(run(mutant))
+def test_planted_fault_is_caught_by_the_test_that_names_it(mutant: type[PlainAttention], is_small: bool) -> None:
+    name = f"test_{MUTANTS[mutant]}"
+    assert name in failed(run(mutant, select=name, is_small=is_small))
 
 
-def test_backend_that_is_right_passes() -> None:
-    assert set(run().values()) == {"passed"}
+@pytest.mark.parametrize("is_small", [False, True], ids=["many", "few"])
+def test_backend_that_is_right_passes(is_small: bool) -> None:
+    assert set(run(is_small=is_small).values()) == {"passed"}
 
 
 def test_backend_with_a_layout_of_its_own_passes() -> None:
-    assert set(run(OneBufferAttention, replace(SPEC, kv_layout="")).values()) == {"passed"}
+    assert set(run(OneBufferAttention, OF_ITS_OWN).values()) == {"passed"}
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -14,12 +14,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from octavo.interfaces.attention import AttentionBackend, AttentionParameters
+from octavo.interfaces.attention import PAD_SLOT, AttentionBackend, AttentionParameters, nhd_layout
 from octavo.nn.split_attention import SplitAttention
 from octavo.plugins.specs import AttentionNeed
 from octavo.testing.attention_checks import AttentionChecks
 from octavo.testing.attention_needs import DTYPES, PHASES, build_partner, phase_of
-from octavo.testing.paged_scene import blocks_that_differ, usual_parameters
+from octavo.testing.paged_scene import FP8_LOSS, blocks_that_differ, check_fp8, usual_parameters, with_the_same_tensors
 
 
 class AttentionSuite(AttentionChecks):
@@ -59,6 +59,11 @@ class AttentionSuite(AttentionChecks):
         first = self.make(need).kv_layout()
         for phase in sorted(need.features & PHASES):
             assert self.make(replace(need, features=frozenset({phase}))).kv_layout() == first, f"differs for {phase}"
+
+    def test_its_ranks_are_numbers(self) -> None:
+        for phase in sorted(PHASES):
+            rank = self.spec().priority_for(phase)
+            assert type(rank) is int, f"`auto` ranks it by priority and decode_priority; for {phase} that is {rank!r}"
 
     # ------------------------------------------------------------------------------------------------- numbers
 
@@ -155,9 +160,7 @@ class AttentionSuite(AttentionChecks):
     def test_inputs_may_be_slices_of_one_wider_tensor(self) -> None:
         need = self.need()
         scene, batch = self.set_up(((17, 1), (0, 17)), need)
-        wide = torch.cat([batch.query, batch.key, batch.value], dim=1)  # as one linear for all three makes them
-        query, key, value = torch.split(wide, [need.num_heads, need.num_kv_heads, need.num_kv_heads], dim=1)
-        self.check(need, scene.step(replace(batch, query=query, key=key, value=value)), batch)
+        self.check(need, scene.step(batch.in_one_tensor()), batch)
 
     def test_inputs_are_left_as_they_are(self) -> None:
         scene, batch = self.set_up(((17, 1), (0, 17)))
@@ -173,6 +176,29 @@ class AttentionSuite(AttentionChecks):
         table = torch.nn.functional.pad(layout.block_table, (0, 2))
         layout = replace(layout, host_seq_lens=layout.host_seq_lens + more, max_seq_len=layout.max_seq_len + more)
         self.check(need, scene.step(replace(batch, layout=replace(layout, block_table=table))), batch)
+
+    def test_rotates_queries_and_keys_in_the_same_pass(self) -> None:
+        for need in self.accepted(dtype=DTYPES[:2], head_dim=self.head_sizes()[:2]):
+            for rotary_dim in (need.head_dim, need.head_dim // 2):
+                scene, batch = self.set_up(((17, 1), (33, 1), (0, 17), (5, 3)), need)
+                rotary, planned = scene.rotary(batch, rotary_dim), batch.in_one_tensor()
+                scene.plan(planned)
+                output, turned = scene.rotate_and_forward(planned, rotary), batch.rotated(rotary)
+                self.check(need, output, turned, by=f"it, rotating the first {rotary_dim} elements of a head,")
+                after = scene.batch([row.next(1 if "decode" in need.features else 3) for row in turned.rows])
+                self.check(need, scene.step(after), after, by="a step over the keys that it rotated")
+
+    def test_requests_that_are_padding_get_something_finite_and_change_nothing(self) -> None:
+        need = self.need()
+        for host_seq_len in (0, 3, 2 * need.block_size + 2):
+            scene, batch = self.set_up(((3, 1), (16, 1), (33, 1), (0, 5)), need)
+            padded = batch.with_padding_requests(3, host_seq_len) if "decode" in need.features else batch
+            before, real = tuple(buffer.clone() for buffer in scene.cache), padded.layout.slot_mapping != PAD_SLOT
+            output = scene.step(padded)
+            assert output[~real].isfinite().all(), "what requests of seq_lens 0 get is not finite"
+            self.check(need, output[real], batch)
+            strange = blocks_that_differ(before, scene.cache) - batch.written_blocks()
+            assert not strange, f"blocks {sorted(strange)} have changed; requests of seq_lens 0 own none"
 
     # ------------------------------------------------------------------------------------------- cache and plan
 
@@ -229,9 +255,10 @@ class AttentionSuite(AttentionChecks):
     def test_plan_forgets_the_one_before(self) -> None:
         need = self.need()
         scene, batch = self.set_up(self.shapes.everything, need)
-        after = scene.batch(batch.rows[1::3])
-        scene.step(batch.without_writes_of(batch.rows[-1]))
-        scene.plan(scene.batch(batch.rows[::4]))
+        rows = sorted(batch.rows, key=lambda row: row.end)
+        before, after = scene.batch(rows[::-1]), scene.batch(rows[:5])
+        scene.step(before.without_writes_of(rows[0]))
+        scene.plan(scene.batch(rows[::4]))
         self.check(need, scene.step(after), after)
 
     def test_one_plan_serves_every_layer(self) -> None:
@@ -242,6 +269,48 @@ class AttentionSuite(AttentionChecks):
         for cache in layers:
             self.check(need, scene.forward(batch, cache=cache), batch)
         assert not blocks_that_differ(*layers), "equal steps leave equal caches in every layer"
+
+    def test_captured_step_goes_by_what_its_tensors_hold_when_it_is_replayed(self) -> None:
+        need = self.need()
+        graph_mode = self.make(need).graph_mode
+        assert graph_mode in ("none", "decode"), f"graph_mode is {graph_mode!r}"
+        if graph_mode == "none" or "decode" not in need.features:
+            return
+        scene, both = self.set_up(((3, 1), (15, 1), (33, 1), (16, 1), (36, 1), (1, 1), (18, 1)), need)
+        batches = [scene.batch(both.rows[:4]), scene.batch(both.rows[4:])]
+        first, second = (batch.for_a_graph(4, -(-64 // need.block_size) * need.block_size) for batch in batches)
+        self.check(need, scene.step(first)[: len(batches[0].rows)], batches[0])
+        captured = with_the_same_tensors(scene.state(scene.backend))
+        for name in ("query_start_loc", "seq_lens", "block_table", "slot_mapping"):
+            getattr(first.layout, name).copy_(getattr(second.layout, name))
+        scene.plan(first)
+        output = scene.forward(second, state=captured)
+        assert output.isfinite().all(), "what a replayed step gives requests of seq_lens 0 is not finite"
+        self.check(need, output[: len(batches[1].rows)], batches[1], by="a replayed step")
+
+    def test_fp8_cache_of_a_published_name_is_the_published_one(self) -> None:
+        for need in self.needs_with("fp8_kv_cache", kv_cache_dtype=["fp8"]):
+            found, wanted = self.make(need).kv_layout(), nhd_layout(need)
+            assert found.name != wanted.name or found == wanted, f"{found} is not {wanted}"
+
+    def test_fp8_cache_holds_each_head_rounded_to_the_nearest(self) -> None:
+        for need in self.needs_with("fp8_kv_cache", kv_cache_dtype=["fp8"]):
+            scene, batch = self.set_up(((3, 1), (16, 1), (0, 17), (5, 3)), need)
+            scene.step(batch)
+            if self.make(need).kv_layout().name == "torch-nhd":
+                for row, stored in zip(batch.rows, scene.as_stored(batch).rows, strict=True):
+                    for name in ("key", "value"):
+                        wanted = getattr(row.request, name)[: row.end].cpu().double()
+                        check_fp8(getattr(stored.request, name), wanted, f"{name}s of {row}")
+
+    def test_attention_over_an_fp8_cache_equals_the_formula_over_what_it_holds(self) -> None:
+        for need in self.needs_with("fp8_kv_cache", kv_cache_dtype=["fp8"], dtype=DTYPES):
+            scene, batch = self.set_up(self.shapes.everything, need)
+            output = scene.step(batch)
+            self.check(need, output, batch, allowed=FP8_LOSS, by="it, over an fp8 cache,")
+            if scene.backend.kv_layout().name == "torch-nhd":
+                allowed = self.fp8_tolerances[str(need.dtype)]
+                self.check(need, output, scene.as_stored(batch), allowed=allowed, by="it, over what its cache holds,")
 
     def test_prefill_in_one_object_and_decode_in_another_equal_the_formula(self) -> None:
         need = self.need()

@@ -5,11 +5,13 @@ The part of the runner in the attention suite: it hands backends batches as the 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,10 +22,12 @@ from octavo.interfaces.attention import (
     BatchLayout,
     BatchLimits,
     KVCache,
+    rotate,
 )
 from octavo.plugins.specs import AttentionNeed
 
 NUM_TOKENS, NUM_REQUESTS = 2048, 40  # that a scene's cache has room for
+FP8_LOSS = 0.4  # largest error of an output for what fp8 loses of normally distributed keys and values
 LIMITS = {"max_num_requests": 32, "max_num_tokens": 1024, "max_model_len": 512}
 
 
@@ -93,6 +97,79 @@ class Batch:
         for row in padded:
             slot_mapping[self.tokens_of(row)] = PAD_SLOT
         return replace(self, layout=replace(self.layout, slot_mapping=slot_mapping, has_padding=True))
+
+    def with_padding_requests(self, num_requests: int, host_seq_len: int) -> Batch:
+        """The same step with requests that are nobody's behind its decodes; `rows` are still the others alone.
+
+        Args:
+            host_seq_len: what the host believes of their lengths, which are 0.
+        """
+        layout, border, count = self.layout, self.layout.num_decode_requests, num_requests
+
+        def spread(x: Tensor, filling: Tensor) -> Tensor:
+            return torch.cat((x[:border], filling.expand(count, *x.shape[1:]).to(x), x[border:]))
+
+        one, none = torch.ones(()), torch.zeros(())
+        lengths = spread(layout.query_start_loc.diff(), one)
+        query_start_loc = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        host_seq_lens = np.insert(layout.host_seq_lens, border, [host_seq_len] * count).astype(np.int32)
+        return replace(
+            self,
+            query=spread(self.query, one),
+            key=spread(self.key, one),
+            value=spread(self.value, one),
+            layout=replace(
+                layout,
+                num_requests=layout.num_requests + count,
+                num_tokens=layout.num_tokens + count,
+                num_decode_requests=border + count,
+                num_decode_tokens=border + count,
+                max_seq_len=max(layout.max_seq_len, host_seq_len),
+                query_start_loc=query_start_loc,
+                seq_lens=spread(layout.seq_lens, none),
+                block_table=spread(layout.block_table, none),
+                slot_mapping=spread(layout.slot_mapping, none + PAD_SLOT),
+                host_query_start_loc=query_start_loc.cpu().numpy(),
+                host_seq_lens=host_seq_lens,
+                has_padding=True,
+            ),
+        )
+
+    def for_a_graph(self, num_requests: int, max_seq_len: int) -> Batch:
+        """A step of decodes padded to so many requests, its host sizes those of any step of that size."""
+        padded = self.with_padding_requests(num_requests - len(self.rows), max_seq_len)
+        missing = max_seq_len // self.layout.block_size - self.layout.block_table.shape[1]
+        layout = replace(
+            padded.layout,
+            max_seq_len=max_seq_len,
+            block_table=torch.nn.functional.pad(padded.layout.block_table, (0, missing)),
+            host_seq_lens=np.full(num_requests, max_seq_len, np.int32),
+        )
+        return replace(padded, layout=layout)
+
+    def in_one_tensor(self) -> Batch:
+        """The same step, its tensors slices of a wider one, as one linear for all three makes them."""
+        counts = [tensor.shape[1] for tensor in (self.query, self.key, self.value)]
+        wide = torch.cat([self.query, self.key, self.value], dim=1)
+        query, key, value = torch.split(wide, counts, dim=1)
+        return replace(self, query=query, key=key, value=value)
+
+    def rotated(self, rotary: tuple[Tensor, Tensor]) -> Batch:
+        """The same step with its queries and keys turned, in float64, and rounded once; contexts stay as they are.
+
+        Args:
+            rotary: as `rotate` reads it.
+        """
+        angles = rotary[0].double(), rotary[1].double()
+        query, key = (rotate(x.double(), angles).to(x.dtype) for x in (self.query, self.key))
+
+        def turned(row: Row) -> Row:
+            request, span = row.request, self.tokens_of(row)
+            request = replace(request, query=request.query.clone(), key=request.key.clone())
+            request.query[row.start : row.end], request.key[row.start : row.end] = query[span], key[span]
+            return replace(row, request=request)
+
+        return replace(self, rows=tuple(map(turned, self.rows)), query=query, key=key)
 
 
 class PagedScene:
@@ -177,7 +254,7 @@ class PagedScene:
 
     def plan(self, batch: Batch, backend: AttentionBackend | None = None) -> None:
         backend = backend or self.backend
-        backend.plan(batch.layout, self._state(backend))
+        backend.plan(batch.layout, self.state(backend))
 
     def forward(
         self,
@@ -185,13 +262,48 @@ class PagedScene:
         backend: AttentionBackend | None = None,
         *,
         cache: KVCache | None = None,
+        state: object | None = None,
         parameters: AttentionParameters | None = None,
     ) -> Tensor:
         """One layer of the step that was planned; by default with the usual scale, no window and no cap."""
         backend = backend or self.backend
         cache = self.cache if cache is None else cache
+        state = self.state(backend) if state is None else state
         parameters = parameters or usual_parameters(self.need)
-        return backend.forward(batch.query, batch.key, batch.value, cache, self._state(backend), parameters)
+        return backend.forward(batch.query, batch.key, batch.value, cache, state, parameters)
+
+    def rotate_and_forward(self, batch: Batch, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """One layer of the step that was planned, its queries and keys yet to be turned."""
+        inputs = batch.query, batch.key, batch.value, rotary
+        return self.backend.rotate_and_forward(
+            *inputs, self.cache, self.state(self.backend), usual_parameters(self.need)
+        )
+
+    def rotary(self, batch: Batch, rotary_dim: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of each token's position, as the engine makes them: [num_tokens, 1, rotary_dim] each."""
+        positions = torch.cat([torch.arange(row.start, row.end) for row in batch.rows])
+        angles = torch.outer(positions.double(), 100.0 ** -torch.linspace(0, 1, rotary_dim // 2, dtype=torch.float64))
+        cos, sin = angles.cos(), angles.sin()
+        both = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
+        return tuple(x.unsqueeze(1).to(self.device, torch_dtype(self.need)) for x in both)  # type: ignore[return-value]
+
+    def as_stored(self, batch: Batch) -> Batch:
+        """The same step, the keys and values of its requests being what an fp8 cache of layout "torch-nhd" holds."""
+        size = self.need.block_size
+        buffers = {
+            buffer.name: found.cpu().flatten(0, 1).float()
+            for buffer, found in zip(self.backend.kv_layout().buffers, self.cache, strict=True)
+        }
+
+        def stored(row: Row) -> Row:
+            slots = [row.request.blocks[p // size] * size + p % size for p in range(row.end)]
+            key, value = (
+                buffers[name][slots].double() * buffers[f"{name}_scale"][slots].double().unsqueeze(2)
+                for name in ("key", "value")
+            )
+            return replace(row, request=replace(row.request, key=key, value=value))
+
+        return replace(batch, rows=tuple(map(stored, batch.rows)))
 
     def step(
         self,
@@ -204,7 +316,8 @@ class PagedScene:
         self.plan(batch, backend)
         return self.forward(batch, backend, parameters=parameters)
 
-    def _state(self, backend: AttentionBackend) -> object:
+    def state(self, backend: AttentionBackend) -> object:
+        """What `plan` writes into; one for each backend."""
         if backend not in self._states:
             limits = BatchLimits(**LIMITS, block_size=self.need.block_size, device=self.device)
             self._states[backend] = backend.make_state(limits)
@@ -243,6 +356,22 @@ def dense_attention(row: Row, parameters: AttentionParameters) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
 
 
+def check_fp8(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Whether heads are as near to these as an fp8 cache holds them: [tokens, heads, head_dim] each, float64.
+
+    Raises:
+        AssertionError: they were rounded otherwise than to the nearest of e4m3 with the head's own scale.
+    """
+    scale = wanted.abs().amax(dim=-1, keepdim=True) / 448
+    step = torch.exp2((wanted / scale).abs().clamp(min=2.0**-6).log2().floor() - 3) * scale
+    errors = (found - wanted).abs() / step
+    assert errors.isfinite().all(), f"not finite: {what} were not written, or their scales were not"
+    assert errors.max() <= 1.01, f"{what} are wrong by {errors.max():.2g} steps of e4m3"
+    # Arithmetic in the last bit may tip the balance of what lies in the middle of two.
+    share = (errors > 0.51).double().mean()
+    assert share < 0.05, f"{share:.0%} of the {what} are not rounded to the nearest: half a step away, at most"
+
+
 def unwritten_cache(backend: AttentionBackend, num_blocks: int, device: str) -> KVCache:
     """One layer's buffers, full of what nobody may read."""
     cache = backend.kv_layout().allocate(num_blocks, device)
@@ -252,6 +381,13 @@ def unwritten_cache(backend: AttentionBackend, num_blocks: int, device: str) -> 
         elif buffer.dtype is not torch.bool:
             buffer.fill_(torch.iinfo(buffer.dtype).max)
     return cache
+
+
+def with_the_same_tensors(state: object) -> object:
+    """A copy of what a state holds on the host, its tensors being the same ones: what a captured CUDA graph knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "__deepcopy__", lambda tensor, _memo: tensor)
+        return copy.deepcopy(state)
 
 
 def blocks_that_differ(one: KVCache, other: KVCache) -> set[int]:
