@@ -44,6 +44,11 @@ class KnownPackage:
 
 KNOWN_PACKAGES = (
     KnownPackage(
+        distribution="octavo-attention-flash",
+        kind="attention",
+        names=frozenset({"flash-attn", "flashinfer"}),
+    ),
+    KnownPackage(
         distribution="octavo-attention-triton",
         kind="attention",
         names=frozenset({"triton-flash", "triton-paged"}),
