@@ -12,32 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from captured import capture_on_cpu, plan_of
 from tiny_model import write_tiny_llama
 from torch import Tensor
 
 from octavo import LLM, RequestOutput, SamplingParams
 from octavo.builtin.torch_attention import TorchAttention
 from octavo.runner import graphs, worker
-from octavo.runner.graphs import DecodeGraphs, Forward, GraphPlan, graph_plan, graph_sizes
+from octavo.runner.graphs import DecodeGraphs, Forward, graph_plan, graph_sizes
 
 BYTES_PER_BLOCK = 2 * 8 * 2 * 12 * 4 * 2  # key and value, tokens, KV heads, head_dim, float32, layers
 PROMPTS = ["hello", "a longer prompt than the others", "x", "hello world", "the end", "abc abc abc"]
-
-
-def run_again(forward: Forward) -> Forward:
-    """A captured step that computes again, its outputs always in the same memory, as a CUDA graph's are."""
-    outputs = tuple(tensor.clone() for tensor in forward())
-
-    def replay() -> tuple[Tensor, Tensor]:
-        for kept, new in zip(outputs, forward(), strict=True):
-            kept.copy_(new)
-        return outputs[0], outputs[1]
-
-    return replay
-
-
-def plan_of(sizes: Sequence[int], *, max_seconds: float = 60.0, max_bytes: int = 2**40) -> GraphPlan:
-    return GraphPlan(device="cpu", sizes=sizes, capture=run_again, max_seconds=max_seconds, max_bytes=max_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +40,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(size)
         return replay(self, size)
 
-    monkeypatch.setattr(TorchAttention, "graph_mode", "decode")
-    monkeypatch.setattr(worker, "graph_plan", lambda *_: plan_of((1, 2, 4, 8)))
+    capture_on_cpu(monkeypatch, (1, 2, 4, 8))
     monkeypatch.setattr(DecodeGraphs, "replay", record)
     return sizes
 
@@ -132,7 +116,7 @@ def test_a_step_of_decodes_is_padded_to_the_next_captured_size(replayed: list[in
 def test_a_step_of_more_requests_than_were_captured_is_computed_plainly(
     replayed: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "graph_plan", lambda *_: plan_of((1, 2)))
+    capture_on_cpu(monkeypatch, (1, 2))
     with LLM(str(folder), dtype="float32", max_num_seqs=8) as llm:
         llm.generate(PROMPTS[:3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
     assert replayed == []

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from captured import capture_on_cpu
 from margin_rule import Reference, check, generate, next_tokens_of, read_references, token_ids_of
 
 from octavo import LLM
+from octavo.runner.graphs import graph_sizes
 
 BYTES_PER_BLOCK = 30 * 2 * 16 * 3 * 64 * 4  # layers, keys and values, tokens, KV heads, head_dim, float32
 MAX_MODEL_LEN = 608  # tokens: the longest request of w2s ends at 599
@@ -90,6 +92,14 @@ def test_with_preemptions(settings: dict[str, Any], references: list[Reference])
         outputs = generate(llm, references)
         assert llm.stats().num_preemptions > 0
         check(references, token_ids_of(outputs), next_tokens_of(llm))
+
+
+def test_with_captured_steps_and_tokens_that_stay_on_the_device(
+    references: list[Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture_on_cpu(monkeypatch, graph_sizes(len(references)))
+    with load(max_steps_in_flight=2, max_num_seqs=len(references)) as llm:
+        check(references, token_ids_of(generate(llm, references)), next_tokens_of(llm))
 
 
 def test_with_plain_linears(references: list[Reference], monkeypatch: pytest.MonkeyPatch) -> None:
