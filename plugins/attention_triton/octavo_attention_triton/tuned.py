@@ -99,7 +99,7 @@ def paged_config(
     case = _case(bits, head_dim, fp8) | {"group": group, "block_size": block_size}
     if (found := nearest(_cases(capability, "paged_decode"), case)) is not None:
         return PagedConfig(**found)
-    return _paged_heuristic(capability, bits, case["head_dim"], fp8)
+    return _paged_heuristic(bits, case["head_dim"], fp8)
 
 
 def nearest(entries: list[Mapping[str, Any]], case: Mapping[str, int]) -> Mapping[str, int] | None:
@@ -133,13 +133,11 @@ def _case(bits: int, head_dim: int, fp8: bool) -> dict[str, int]:
     return {"bits": bits, "kv_bits": 8 if fp8 else bits, "head_dim": 1 << (head_dim - 1).bit_length()}
 
 
-def _paged_heuristic(capability: int, bits: int, head_dim: int, fp8: bool) -> PagedConfig:
-    """64 keys, so that a tile is many loads at once; fewer where two programs would not share a multiprocessor."""
-    bytes_per_key = 2 * head_dim * (1 if fp8 else bits // 8)
-    block_n = 64
-    while block_n > 16 and 2 * block_n * bytes_per_key > _shared_bytes(capability) // 2:
-        block_n //= 2
-    return PagedConfig(block_n=block_n, num_warps=4, num_stages=2)
+def _paged_heuristic(bits: int, head_dim: int, fp8: bool) -> PagedConfig:
+    """8192 elements of keys in a tile; of 32 bits fewer, for their products are computed in registers."""
+    if bits == 32:
+        return PagedConfig(block_n=16, num_warps=4, num_stages=1 if fp8 else 2)
+    return PagedConfig(block_n=min(max(8192 // head_dim, 16), 128), num_warps=4, num_stages=2)
 
 
 def _flash_heuristic(capability: int, bits: int, head_dim: int, max_query_len: int, fp8: bool) -> FlashConfig:

@@ -42,7 +42,7 @@ def paged_decode_kernel(
     BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """out[r, h] = sum_n p[n] * value[n] / sum_n p[n], p[n] = 2^(score[n] - max score), score[n] = scale * query . key[n].
+    """out[r, h] = sum_n p[n] * value[n] / sum_n p[n];  p[n] = 2^(score[n] - max), score[n] = scale * (query . key[n]).
 
     n runs over the last `window` of row r's row_lens[r] positions, which lie in the blocks of request row_requests[r].
     With a cap the scores are cap * tanh(score). In an 8-bit cache key[n] is to be multiplied with key_scale[n], and
@@ -70,9 +70,11 @@ def paged_decode_kernel(
 
     heads = tl.arange(0, BLOCK_HEADS)
     dims = tl.arange(0, BLOCK_DIM)
-    tile_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :] & (begin < end)
-    offsets = (kv_head * GROUP + heads)[:, None] * stride_query_head + dims[None, :]
-    query = tl.load(query_ptr + row.to(tl.int64) * stride_query_row + offsets, mask=tile_mask, other=0.0).to(DOT)
+    # Rows of the tile that are no heads repeat the last head, and are not stored.
+    query_heads = kv_head * GROUP + tl.minimum(heads, GROUP - 1)
+    query_ptr += row.to(tl.int64) * stride_query_row
+    query_offsets = query_heads[:, None] * stride_query_head + dims[None, :]
+    query = tl.load(query_ptr + query_offsets, mask=(dims < HEAD_DIM)[None, :], other=0.0).to(DOT)
 
     key_ptr += kv_head * stride_kv_head
     value_ptr += kv_head * stride_kv_head
@@ -110,16 +112,16 @@ def paged_decode_kernel(
         largest = new_largest
 
     entries = ((row * num_kv_heads + kv_head) * GROUP + heads).to(tl.int64)
+    tile_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     if num_splits == 1:
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
-        out_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
         out_offsets = entries[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=tile_mask)
     else:
         entries = entries * num_splits + split
         tl.store(max_ptr + entries, largest, mask=heads < GROUP)
         tl.store(sum_ptr + entries, total, mask=heads < GROUP)
-        tl.store(acc_ptr + entries[:, None] * HEAD_DIM + dims[None, :], acc, mask=tile_mask)
+        tl.store(acc_ptr + entries[:, None] * HEAD_DIM + dims[None, :], acc, mask=tile_mask & (begin < end))
 
 
 def paged_decode(
@@ -156,7 +158,7 @@ def paged_decode(
     _, block_size, num_kv_heads, cached_head_dim = key.shape
     if cached_head_dim != head_dim or num_heads % num_kv_heads or key.stride() != value.stride():
         raise ShapeError(
-            f"Wanted a query [num_rows, num_heads, head_dim], and keys and values [num_blocks, block_size, num_kv_heads, "
+            "Wanted a query [num_rows, num_heads, head_dim], and keys and values [num_blocks, block_size, num_kv_heads, "
             f"head_dim] that lie alike; found {list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
         )
     if query.stride(2) != 1:
