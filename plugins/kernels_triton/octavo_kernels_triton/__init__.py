@@ -11,7 +11,7 @@ def octavo_components() -> list[KernelsSpec]:
     return [
         KernelsSpec(
             name="triton",
-            summary="Norms, activations and sampling in Triton, each one launch",
+            summary="Norms, activations and sampling in Triton",
             target="octavo_kernels_triton.kernel_set:TritonKernels",
             requires=("triton",),
             install="pip install triton",
