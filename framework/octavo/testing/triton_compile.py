@@ -111,14 +111,15 @@ class CompiledKernel:
         return self.blocks_per_sm * self.num_warps / _LIMITS[self.capability].warps
 
     def faults(self) -> list[str]:
-        """What no kernel may do, in sentences: use a stack, spill, or take more shared memory than a block may have."""
+        """What no kernel may do, in sentences: use a stack, or more shared memory than a block may have."""
         limit = _LIMITS[self.capability].shared_bytes_per_block
-        checks = {
-            f"has a stack of {self.stack_bytes} bytes a thread": self.stack_bytes > 0,
-            f"spills: {self.spill_loads} loads, {self.spill_stores} stores": self.spill_loads + self.spill_stores > 0,
-            f"wants {self.shared_bytes} bytes of shared memory, a block may have {limit}": self.shared_bytes > limit,
-        }
-        return [f"{self}: {fault}" for fault, found in checks.items() if found]
+        found = []
+        if self.stack_bytes:
+            spills = f"{self.spill_loads} loads, {self.spill_stores} stores"
+            found.append(f"has a stack of {self.stack_bytes} bytes a thread, and spills: {spills}")
+        if self.shared_bytes > limit:
+            found.append(f"wants {self.shared_bytes} bytes of shared memory, a block may have {limit}")
+        return found
 
 
 # -------------------------------------------------------------------------------------------------- compiling
@@ -304,7 +305,7 @@ def check_against_table(path: Path, compiled: Iterable[CompiledKernel]) -> None:
         FileNotFoundError: there is no table yet.
     """
     rows = _rows(compiled)
-    faults = [fault for kernel in rows.values() for fault in kernel.faults()]
+    faults = _faults(rows)
     table = json.loads(path.read_text())
     if table["triton"] == importlib.import_module("triton").__version__:
         faults += _differences({_key(row): row for row in table["kernels"]}, rows)
@@ -323,7 +324,7 @@ def write_table(path: Path, compiled: Iterable[CompiledKernel]) -> None:
         ValueError: a kernel has faults, so that no table could allow it; the message lists all of them.
     """
     rows = _rows(compiled)
-    if faults := [fault for kernel in rows.values() for fault in kernel.faults()]:
+    if faults := _faults(rows):
         raise ValueError("These kernels cannot be used, and so are in no table:\n" + "\n".join(faults))
     version = importlib.import_module("triton").__version__
     lines = ",\n".join(f"  {json.dumps(_row(kernel))}" for _, kernel in sorted(rows.items()))
@@ -348,6 +349,10 @@ def _rows(compiled: Iterable[CompiledKernel]) -> dict[tuple[object, ...], Compil
         if rows.setdefault(_key(_row(kernel)), kernel) != kernel:
             raise ValueError(f"Two different kernels are {kernel}; give one of them another name.")
     return rows
+
+
+def _faults(rows: dict[tuple[object, ...], CompiledKernel]) -> list[str]:
+    return [f"{kernel} {fault}" for kernel in rows.values() for fault in kernel.faults()]
 
 
 def _differences(
