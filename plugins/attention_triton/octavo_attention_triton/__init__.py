@@ -5,7 +5,6 @@ from octavo import AttentionSpec, hookimpl
 OCTAVO_API = "1.0"
 
 _FEATURES = frozenset({"prefill", "decode", "sliding_window", "logit_softcap", "fp8_kv_cache"})
-_HEAD_SIZES = tuple(range(64, 257, 8))
 
 
 @hookimpl
@@ -20,8 +19,6 @@ def octavo_components() -> list[AttentionSpec]:
             devices=("cuda", "cpu"),
             dtypes=("bfloat16", "float16", "float32"),
             features=_FEATURES,
-            head_sizes=_HEAD_SIZES,
-            block_sizes=(16, 32, 64),
             kv_layout="torch-nhd",
             priority=10,
             decode_priority=5,
@@ -36,11 +33,10 @@ def octavo_components() -> list[AttentionSpec]:
             devices=("cuda", "cpu"),
             dtypes=("bfloat16", "float16", "float32"),
             features=_FEATURES,
-            head_sizes=_HEAD_SIZES,
-            block_sizes=(16, 32, 64),
             kv_layout="torch-nhd",
             priority=5,
             decode_priority=10,
             probe="octavo_attention_triton.probe:why_not",
+            options="octavo_attention_triton.paged:PagedOptions",
         ),
     ]

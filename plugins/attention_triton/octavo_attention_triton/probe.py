@@ -8,12 +8,15 @@ import torch
 
 from octavo.plugins.specs import AttentionNeed
 
+_MIN_HEAD_DIM, _MAX_HEAD_DIM = 16, 256  # what a tensor core takes at least, and what tiles in shared memory allow
 _MIN_CAPABILITY = (8, 0)
 _MIN_CAPABILITY_FP8 = (8, 9)  # Triton converts e4m3 from here on
 
 
 def why_not(need: AttentionNeed) -> list[str]:
-    """Reasons against Triton; none for "cuda" where torch sees no GPU, for then the plan is for another machine."""
+    """Reasons against these kernels; a need for "cuda" where torch sees no GPU is a plan for another machine."""
+    if not _MIN_HEAD_DIM <= need.head_dim <= _MAX_HEAD_DIM:
+        return [f"supports head sizes from {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}; the model has {need.head_dim}"]
     if need.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return [
             "Triton needs a GPU; a CPU only runs it in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before "
