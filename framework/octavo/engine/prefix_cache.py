@@ -20,10 +20,11 @@ def find_prefix(pool: BlockPool, request: Request) -> list[int]:
 def register_full_blocks(pool: BlockPool, request: Request) -> None:
     """Offer the blocks that steps made so far fill with known tokens; a placeholder's block waits for its token."""
     num_full = min(request.num_scheduled_tokens, request.num_tokens) // pool.block_size
-    if num_full > request.num_registered_blocks and pool.enable_prefix_caching:
-        _extend_hashes(pool, request)
-        for index in range(request.num_registered_blocks, num_full):
-            pool.register(request.block_ids[index], request.block_hashes[index])
+    if num_full > request.num_registered_blocks:
+        if pool.enable_prefix_caching:
+            _extend_hashes(pool, request)
+            for index in range(request.num_registered_blocks, num_full):
+                pool.register(request.block_ids[index], request.block_hashes[index])
         request.num_registered_blocks = num_full
 
 

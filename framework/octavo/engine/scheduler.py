@@ -532,8 +532,8 @@ class Scheduler:
 
     def _append(self, request: Request, token_id: int) -> None:
         request.output_token_ids.append(token_id)
-        if request.num_in_flight_tokens:  # a later step has computed this token while it was a placeholder
-            register_full_blocks(self.block_pool, request)
+        if request.num_in_flight_tokens and request.num_tokens % self.block_pool.block_size == 0:
+            register_full_blocks(self.block_pool, request)  # a later step computes this token, a placeholder until now
         may_stop = len(request.output_token_ids) > request.params.min_tokens
         if may_stop and token_id in request.eos_token_ids:
             self._end(request, "stop")
