@@ -55,20 +55,22 @@ def rotate_and_write_kv(
 
     Source: Su et al. 2021, arXiv:2104.09864.
     """
-    rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    _launch((query, rotated), key, value, rotary, kv_cache, slot_mapping)
+    rotated = _launch(query, key, value, rotary, kv_cache, slot_mapping)
+    assert rotated is not None
     return rotated
 
 
 def _launch(
-    queries: tuple[Tensor, Tensor] | None,
+    query: Tensor | None,
     key: Tensor,
     value: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     kv_cache: KVCache,
     slot_mapping: Tensor,
-) -> None:
-    key_cache, value_cache, *scales = kv_cache
+) -> Tensor | None:
+    """Without a query and its rotary the keys are rotated already."""
+    key_cache, value_cache = kv_cache[:2]
+    key_scale, value_scale = kv_cache[2:] or (None, None)
     if key.shape[1:] != key_cache.shape[2:] or value.shape != key.shape:
         raise ShapeError(
             f"key and value must be [num_tokens, {key_cache.shape[2]}, {key_cache.shape[3]}], as the cache has "
@@ -76,19 +78,20 @@ def _launch(
         )
     num_tokens, num_kv_heads, head_dim = key.shape
     key, value = _heads_together(key), _heads_together(value)
-    # What is not there is neither read nor written; the key stands for it.
-    key_scale, value_scale = scales or (key, key)
-    cos, sin = rotary or (key, key)
-    query, rotated_query = queries or (key, key)
-    query = _heads_together(query)
-    num_programs = triton.cdiv(num_tokens, _BLOCK_TOKENS), num_kv_heads + (query.shape[1] if queries else 0)
-    write_kv_kernel[num_programs](
+    cos = sin = rotated = None
+    num_heads = num_kv_heads
+    if query is not None and rotary is not None:
+        query = _heads_together(query)
+        cos, sin = rotary[0].contiguous(), rotary[1].contiguous()
+        rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        num_heads += query.shape[1]
+    write_kv_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS), num_heads)](
         query,
         key,
         value,
-        cos.contiguous(),
-        sin.contiguous(),
-        rotated_query,
+        cos,
+        sin,
+        rotated,
         key_cache,
         value_cache,
         key_scale,
@@ -96,22 +99,22 @@ def _launch(
         slot_mapping,
         num_tokens,
         num_kv_heads,
-        query.stride(0),
+        0 if query is None else query.stride(0),
         key.stride(0),
         value.stride(0),
-        rotated_query.stride(0),
+        0 if rotated is None else rotated.stride(0),
         key_cache.stride(0),
         key_cache.stride(1),
-        key_scale.stride(0),
-        key_scale.stride(1),
+        0 if key_scale is None else key_scale.stride(0),
+        0 if key_scale is None else key_scale.stride(1),
         HEAD_DIM=head_dim,
         HEAD_DIM_TILE=triton.next_power_of_2(head_dim),
-        ROTARY_DIM=cos.shape[-1] if rotary else 0,
+        ROTARY_DIM=0 if cos is None else cos.shape[-1],
         BLOCK_SIZE=key_cache.shape[1],
         BLOCK_TOKENS=_BLOCK_TOKENS,
-        FP8=bool(scales),
         num_warps=4,
     )
+    return rotated
 
 
 def _heads_together(x: Tensor) -> Tensor:

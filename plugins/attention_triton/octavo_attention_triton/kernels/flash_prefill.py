@@ -56,30 +56,31 @@ def flash_prefill_kernel(
     DOT: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
-    """out[t, h] = sum_n p[n] * value[n] / sum_n p[n], p[n] = 2^(scale * (score[n] - max score)), score[n] = query . key[n].
+    """out[t, h] = sum_n p[n] * value[n] / sum_n p[n], p[n] = 2^(scale * (score[n] - max score)).
 
-    n runs over the last `window` positions up to that of token t. With a cap p[n] is of cap * tanh(scale * score[n]);
-    with an 8-bit cache query . key[n] is times key_scale[n], and value[n] times value_scale[n].
+    score[n] = query[t, h] . key[n], and n runs over the last `window` positions up to that of token t. With a cap p[n]
+    is of cap * tanh(scale * score[n]); with an 8-bit cache score[n] is times key_scale[n], and value[n] times
+    value_scale[n].
 
-    One program owns BLOCK_M // GROUP tokens of one request and the GROUP query heads of one KV head: BLOCK_M rows of a
-    tile, the heads of a token side by side. It passes over the request's keys BLOCK_N at a time, first those that all of
-    its tokens see, which need no mask, then those at the borders of what they see. Rows past the request's tokens and
+    One program owns BLOCK_M // GROUP tokens of one request and the GROUP query heads of one KV head, as rows of a tile,
+    the heads of a token side by side. It passes over the request's keys BLOCK_N at a time: first those that all of its
+    tokens see, which need no mask, then those at the borders of what they see. Rows past the request's tokens and
     positions past its length are masked; a request of length 0 gives 0.
 
     Source: Dao 2023, FlashAttention-2, arXiv:2307.08691, algorithm 1; pages: Kwon et al. 2023, arXiv:2309.06180.
     """
-    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    tokens_per_tile: tl.constexpr = BLOCK_M // GROUP
     # Of every request the last tiles have the most keys; the grid begins with them.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
 
-    # Request i's tiles are at most those from query_start_loc[i] // BLOCK_Q + i to where the next one's begin.
+    # Request i's tiles are at most those from query_start_loc[i] // tokens_per_tile + i to where the next one's begin.
     requests = tl.arange(0, MAX_REQUESTS)
     starts = tl.load(query_start_loc_ptr + requests, mask=requests < num_requests, other=2**30)
-    request = tl.sum((starts // BLOCK_Q + requests <= tile).to(tl.int32), axis=0) - 1
+    request = tl.sum((starts // tokens_per_tile + requests <= tile).to(tl.int32), axis=0) - 1
     start = tl.load(query_start_loc_ptr + request)
     query_len = tl.load(query_start_loc_ptr + request + 1) - start
-    skipped = (tile - start // BLOCK_Q - request) * BLOCK_Q  # tokens of the request in the tiles before
+    skipped = (tile - start // tokens_per_tile - request) * tokens_per_tile  # tokens of the request in the tiles before
     if skipped >= query_len:
         return
     seq_len = tl.load(seq_lens_ptr + request)
@@ -88,13 +89,13 @@ def flash_prefill_kernel(
     dims = tl.arange(0, BLOCK_DIM)
     tokens = skipped + rows // GROUP
     heads = kv_head * GROUP + rows % GROUP
-    row_mask = ((rows < BLOCK_Q * GROUP) & (tokens < query_len))[:, None] & (dims < HEAD_DIM)[None, :]
+    row_mask = ((rows < tokens_per_tile * GROUP) & (tokens < query_len))[:, None] & (dims < HEAD_DIM)[None, :]
     offsets = (start + tokens).to(tl.int64) * stride_query_token + heads * stride_query_head
     query = tl.load(query_ptr + offsets[:, None] + dims[None, :], mask=row_mask, other=0.0).to(DOT)
 
     positions = seq_len - query_len + tokens
     first = seq_len - query_len + skipped
-    last = tl.minimum(first + BLOCK_Q, seq_len) - 1
+    last = tl.minimum(first + tokens_per_tile, seq_len) - 1
     # In tiles of keys: those that any row sees, and of them those that every row sees.
     begin = tl.maximum(first - window + 1, 0) // BLOCK_N
     end = tl.cdiv(last + 1, BLOCK_N)
@@ -114,7 +115,7 @@ def flash_prefill_kernel(
             stride_block, stride_slot, stride_scale_block, stride_scale_slot,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_DIM, DOT, HAS_CAP, MASKED=False,
         )  # fmt: skip
-    for border in range(0, (full_begin - begin) + (end - full_end)):
+    for border in range((full_begin - begin) + (end - full_end)):
         key_tile = begin + border + tl.where(border < full_begin - begin, 0, full_end - full_begin)
         largest, total, acc = _attend(
             largest, total, acc, query, positions, key_tile, seq_len, window, scale, cap, kv_head,
@@ -204,8 +205,9 @@ def flash_prefill(
     _, block_size, num_kv_heads, cached_head_dim = key.shape
     if cached_head_dim != head_dim or num_heads % num_kv_heads or key.stride() != value.stride():
         raise ShapeError(
-            f"Wanted a query [num_tokens, num_heads, head_dim] over keys and values [num_blocks, block_size, num_kv_heads, "
-            f"head_dim] that lie alike; found {list(query.shape)} over {list(key.shape)}, {list(value.shape)}."
+            f"Wanted a query [num_tokens, num_heads, head_dim] over keys and values [num_blocks, block_size, "
+            f"num_kv_heads, head_dim] that lie alike; found {list(query.shape)} over {list(key.shape)}, "
+            f"{list(value.shape)}."
         )
     if query.stride(2) != 1:
         query = query.contiguous()
