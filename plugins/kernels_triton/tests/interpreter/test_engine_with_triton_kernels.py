@@ -45,7 +45,7 @@ def test_greedy_tokens_are_those_of_plain_torch(llms: tuple[LLM, LLM]) -> None:
 
 
 def test_sampled_tokens_are_those_of_plain_torch(llms: tuple[LLM, LLM]) -> None:
-    common = {"max_tokens": 12, "ignore_eos": True}
+    common = {"max_tokens": 8, "ignore_eos": True}
     params = [
         SamplingParams(seed=1, temperature=1.0, top_p=0.8, **common),
         SamplingParams(seed=2, temperature=0.7, top_k=10, min_p=0.01, n=2, **common),
