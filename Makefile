@@ -18,7 +18,7 @@ INTERPRETED := $(wildcard plugins/*/tests/interpreter)
 OR_NONE := || [ $$? -eq 5 ]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full check wheels try-wheels bench loc FORCE
+.PHONY: help demo test test-full check wheels try-wheels bench gpu-wheels bench-gpu loc FORCE
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,6 +49,12 @@ try-wheels: wheels ## install wheels into a fresh environment elsewhere and run 
 
 bench: .venv/installed-test ## measure this machine's CPU
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+gpu-wheels: .venv/installed-test ## fetch what Octavo needs on a GPU machine without network into build/gpu-wheels
+	$(BIN)/python scripts/gpu_wheels $(ARGS)
+
+bench-gpu: ## measure this machine's GPU with the Python that has torch, Octavo not being installed: PYTHON=python3
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 loc: ## lines of Python in each package
 	@$(PYTHON) scripts/loc
