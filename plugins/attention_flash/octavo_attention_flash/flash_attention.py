@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _State:
-    """What `plan` prepared.
+    """The library's function, and what `plan` prepared for it.
 
     Attributes:
         context_start_loc: [max_num_requests + 1] int32; request i sees keys context_start_loc[i] .. [i + 1], were all
@@ -38,6 +38,7 @@ class _State:
         batch: the library's arguments that say where requests and pages are, by their names there.
     """
 
+    attend: Callable[..., Any]
     context_start_loc: Tensor
     writes: KVWrites
     batch: Mapping[str, object]
@@ -57,8 +58,8 @@ class FlashAttention(AttentionBackend):
       (128), it reads all of a request's last page: what is unwritten there must be finite. Our caches start zeroed.
     - All: bfloat16 and float16; query heads in groups over the KV heads, in order; the causal mask is aligned to the
       last query and the last key; `window_size` counts the tokens to the left *without* the query itself, -1 is all
-      of them; `softcap` 0.0 is none; a query that sees nothing gets zeros; lengths are read on the device, host
-      maxima are upper bounds.
+      of them; `softcap` 0.0 is none; lengths are read on the device, host maxima are upper bounds. A query that sees
+      nothing gets zeros, say the first two.
     - fp8: scales of keys and values are one for each request and KV head (FlashAttention-3 and -4), not for each
       token as our layout has them, so it is not offered.
 
@@ -72,18 +73,21 @@ class FlashAttention(AttentionBackend):
         library = find_library(need)
         if library is None:
             raise UnavailableComponentError(f"flash-attn cannot serve this: {'; '.join(why_not_flash_attention(need))}")
-        module, _, name = library.function.partition(":")
-        self._attend: Callable[..., Any] = getattr(import_module(module), name)
+        self._library = library
         self._batch_arguments = _BATCH_ARGUMENTS[library.title]
-        logger.info("attention by %s (%s %s)", library.title, library.distribution, library.version())
 
     def kv_layout(self) -> KVLayout:
         return nhd_layout(self.need)
 
     def make_state(self, limits: BatchLimits) -> _State:
+        # Imported here: who only counts memory, perhaps for another machine, asks for the layout alone.
+        library = self._library
+        module, _, name = library.function.partition(":")
+        attend = getattr(import_module(module), name)
+        logger.info("attention by %s (%s %s)", library.title, library.distribution, library.version())
         none = torch.empty(0, dtype=torch.int64, device=limits.device)
         starts = torch.zeros(limits.max_num_requests + 1, dtype=torch.int32, device=limits.device)
-        return _State(context_start_loc=starts, writes=KVWrites(slots=none), batch={})
+        return _State(attend=attend, context_start_loc=starts, writes=KVWrites(slots=none), batch={})
 
     def plan(self, layout: BatchLayout, state: object) -> None:
         assert isinstance(state, _State)
@@ -102,7 +106,7 @@ class FlashAttention(AttentionBackend):
         assert isinstance(state, _State)
         write_kv(key, value, kv_cache, state.writes)
         window = parameters.sliding_window
-        result = self._attend(
+        result = state.attend(
             query,
             *kv_cache,
             **state.batch,

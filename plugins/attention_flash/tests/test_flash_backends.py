@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from octavo.errors import UnavailableComponentError
-from octavo.interfaces import PAD_SLOT, AttentionParameters, BatchLayout, BatchLimits
+from octavo.interfaces import PAD_SLOT, AttentionBackend, AttentionParameters, BatchLayout, BatchLimits
 from octavo.plugins.specs import AttentionNeed
 from octavo_attention_flash.flash_attention import FlashAttention
 from octavo_attention_flash.flashinfer_attention import FlashInferAttention
@@ -125,8 +126,15 @@ def test_flash_attn_is_not_built_where_no_generation_can_serve(install: Install)
 def test_flash_attn_logs_the_generation_that_it_uses(install: Install, caplog: pytest.LogCaptureFixture) -> None:
     install("flash-attn-3")
     with caplog.at_level("INFO"):
-        FlashAttention(NEED)
+        FlashAttention(NEED).make_state(limits())
     assert caplog.messages == ["attention by FlashAttention-3 (flash-attn-3 3.0.0b1)"]
+
+
+@pytest.mark.parametrize("backend", [FlashAttention, FlashInferAttention])
+def test_layout_is_told_without_importing_the_library(install: Install, backend: type[AttentionBackend]) -> None:
+    install("flash-attn-3", "flashinfer")
+    assert backend(NEED).kv_layout().name == "torch-nhd"
+    assert not {"flash_attn_interface", "flashinfer"} & set(sys.modules)
 
 
 # ------------------------------------------------------------------------------------------------ flashinfer
