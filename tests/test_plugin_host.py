@@ -19,6 +19,7 @@ SOCKETS = {
     "attention": "AttentionBackend",
     "checkpoint": "Checkpoint",
     "executor": "Executor",
+    "kernels": "Kernels",
     "logits_rule": "LogitsRule",
     "model": "ModelArchitecture",
     "quantization": "QuantizationMethod",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from octavo.plugins.specs import CheckpointSpec as CheckpointSpec
     from octavo.plugins.specs import CommandSpec as CommandSpec
     from octavo.plugins.specs import ExecutorSpec as ExecutorSpec
+    from octavo.plugins.specs import KernelsSpec as KernelsSpec
     from octavo.plugins.specs import LogitsRuleSpec as LogitsRuleSpec
     from octavo.plugins.specs import ModelSpec as ModelSpec
     from octavo.plugins.specs import ProposerSpec as ProposerSpec
@@ -50,6 +51,7 @@ _MODULES = {
         "CheckpointSpec",
         "CommandSpec",
         "ExecutorSpec",
+        "KernelsSpec",
         "LogitsRuleSpec",
         "ModelSpec",
         "ProposerSpec",

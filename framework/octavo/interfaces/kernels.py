@@ -38,7 +38,8 @@ class SamplingInputs:
 
 
 class Kernels(ABC):
-    """Constructed once with the need it was chosen for (device and dtype). None of its methods waits for the device.
+    """Constructed once with the need it was chosen for (device and dtype). None of its methods waits for the device
+    or changes its arguments.
 
     `add_rms_norm` and `gated_activation` may be captured in a CUDA graph.
     """
