@@ -110,7 +110,7 @@ class BatchLayout:
         block_table: [num_requests, max_num_blocks] int32; block ids by position, 0 where unused.
         slot_mapping: [num_tokens] int64; block_id * block_size + offset, PAD_SLOT is skipped.
         host_query_start_loc: like query_start_loc, on the host, exact.
-        host_seq_lens: like seq_lens, on the host; upper bounds.
+        host_seq_lens: like seq_lens, on the host; exact for prefills, upper bounds for decodes.
         max_query_len, max_seq_len: host maxima, upper bounds.
         has_padding: whether any slot may be PAD_SLOT; known on the host, so that nobody reads the device to find out.
     """
