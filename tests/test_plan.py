@@ -110,10 +110,13 @@ def test_numbers_equal_those_by_hand(case: str, tmp_path: Path) -> None:
     config, num_ranks, memory, weight_bytes, kv_bytes_per_token = BY_HAND[case]
     plan = plan_of(tmp_path, config, memory, tensor_parallel_size=num_ranks)
     rotary_bytes = 2 * 8192 * 128 * 2  # cosines and sines, positions, head_dim, bytes
-    num_blocks = (memory - memory // 10 - weight_bytes - rotary_bytes) // (16 * kv_bytes_per_token)
+    activation_bytes = 256 * 128256 * 32  # requests that draw a token, vocabulary, bytes: more than a layer takes
+    left = memory * 9 // 10 - weight_bytes - rotary_bytes - activation_bytes
+    num_blocks = left // (16 * kv_bytes_per_token)
     assert plan.fits
     assert plan.weight_bytes == weight_bytes
     assert plan.rotary_bytes == rotary_bytes
+    assert plan.activation_bytes == activation_bytes
     assert plan.kv_bytes_per_token == kv_bytes_per_token
     assert plan.num_blocks == num_blocks
     assert plan.kv_cache_bytes == num_blocks * 16 * kv_bytes_per_token
@@ -124,7 +127,7 @@ def test_numbers_equal_those_by_hand(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("config", "memory", "num_weights", "num_blocks", "num_requests"),
-    [(LLAMA_3_8B, 24 * GIB, 8_030_261_248, 3_398, 6), (LLAMA_3_70B, 192 * GIB, 70_553_706_496, 8_474, 16)],
+    [(LLAMA_3_8B, 24 * GIB, 8_030_261_248, 2_897, 5), (LLAMA_3_70B, 192 * GIB, 70_553_706_496, 8_274, 16)],
     ids=["8B", "70B"],
 )
 def test_published_parameter_counts_and_what_follows(
@@ -163,10 +166,28 @@ def test_concurrent_requests_are_capped_by_max_num_seqs(tmp_path: Path) -> None:
 
 def test_requests_of_a_typical_length_are_counted(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, LLAMA_3_8B)
-    assert plan.num_blocks == 3398
-    assert plan.concurrent_requests(1000) == 3398 // 63  # 63 blocks of 16 tokens
+    assert plan.num_blocks == 2897
+    assert plan.concurrent_requests(1000) == 2897 // 63  # 63 blocks of 16 tokens
     assert plan.concurrent_requests(10) == 256
     assert plan.concurrent_requests(8193) == 0
+
+
+@pytest.mark.parametrize(("num_ranks", "widest"), [(1, 14336), (2, 7168), (8, 4096)])
+def test_few_requests_leave_the_activations_to_the_widest_layer(num_ranks: int, widest: int, tmp_path: Path) -> None:
+    settings = {"max_num_seqs": 1, "max_num_batched_tokens": 500, "tensor_parallel_size": num_ranks}
+    plan = plan_of(tmp_path, LLAMA_3_8B, **settings)
+    assert plan.activation_bytes == 500 * (2 * 4096 + 3 * widest) * 2
+
+
+def test_an_engine_s_share_of_a_gpu_counts_what_others_have_taken_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    memory = DeviceMemory(free_bytes=70 * GIB, total_bytes=80 * GIB)
+    monkeypatch.setattr(make, "device_memory", lambda device: memory)
+    config = EngineConfig(model=write_config(tmp_path, LLAMA_3_8B), device="cuda", gpu_memory_utilization=0.5)
+    plan = make_plan(config)
+    assert plan.kv_cache_budget == 40 * GIB - 10 * GIB - plan.static_bytes
 
 
 def test_blocks_are_no_more_than_requests_could_use(tmp_path: Path) -> None:

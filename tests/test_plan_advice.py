@@ -49,6 +49,16 @@ MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
         {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8192, "kv_cache_memory_bytes": 10 * GIB},
         {"tensor_parallel_size", "kv_cache_memory_bytes", "memory"},
     ),
+    "a GPU that is not used in full": (
+        LLAMA_3_8B,
+        {"memory": 24 * GIB, "device": "cuda", "gpu_memory_utilization": 0.7, "max_model_len": 8192},
+        {"tensor_parallel_size", "max_model_len", "gpu_memory_utilization", "max_num_seqs", "memory"},
+    ),
+    "more requests at once than there is room for": (
+        LLAMA_3_8B,
+        {"memory": 20 * GIB, "device": "cuda", "max_num_seqs": 1024, "max_model_len": 4096},
+        {"tensor_parallel_size", "gpu_memory_utilization", "max_num_seqs", "memory"},
+    ),
     "the rule of a CPU": (
         LONG_8B,
         {"memory": 48 * GIB, "device": "cpu", "dtype": "bfloat16", "max_model_len": 40_000},
@@ -74,13 +84,15 @@ def plan_of(model: str, asked: dict[str, Any]) -> Plan:
     return make_plan(EngineConfig.create(model=model, **settings), memory_bytes=memory, **arguments)
 
 
-def steps_less(advice: Advice, asked: dict[str, Any]) -> list[int]:
+def steps_less(advice: Advice, asked: dict[str, Any]) -> list[int | float]:
     """Values of the setting that fall short of what is advised; [] for a dtype."""
     if isinstance(advice.value, str):
         return []
     if advice.setting == "tensor_parallel_size":
         return list(range(asked.get("tensor_parallel_size", 1), advice.value))
-    if advice.setting in ("max_model_len", "max_loras"):
+    if isinstance(advice.value, float):
+        return [round(advice.value - 0.01, 2)]
+    if advice.setting in ("max_model_len", "max_loras", "max_num_seqs"):
         return [advice.value + 1]
     if "Lower" in advice.sentence:
         return [advice.value + BLOCK]
@@ -165,9 +177,15 @@ def test_advice_to_use_more_devices_says_when_no_executor_can(tmp_path: Path) ->
 
 def test_faults_have_their_numbers(tmp_path: Path) -> None:
     model = write_config(tmp_path, LLAMA_3_8B)
-    static = 16_060_522_496 + 4_194_304  # weights and rotary tables
+    static = 16_060_522_496 + 4_194_304 + 256 * 128256 * 32  # weights, rotary tables, activations
     assert plan_of(model, {"memory": 10**10, "device": "cuda"}).faults == (
-        f"Weights and rotary tables take {static:,} bytes of each device, and only 10,000,000,000 are free.",
+        f"Weights, rotary tables and activations take {static:,} bytes of each device, and only 10,000,000,000 are "
+        "free.",
+    )
+    assert (
+        plan_of(model, {"memory": 10**10, "device": "cpu", "dtype": "bfloat16", "max_loras": 1})
+        .faults[0]
+        .startswith("Weights, rotary tables and adapters take ")
     )
     too_large = {"memory": 24 * GIB, "device": "cuda", "kv_cache_memory_bytes": 10 * GIB}
     assert plan_of(model, too_large).faults == (

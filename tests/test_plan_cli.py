@@ -71,16 +71,17 @@ def test_table_of_a_model_that_fits(model: str, capsys: pytest.CaptureFixture[st
         "  memory         25,769,803,776  24.00 GiB  as given",
         "  weights        16,060,522,496  14.96 GiB  16.00 bits a weight",
         "  rotary tables       4,194,304   0.00 GiB  8,192 positions",
-        "  KV budget       7,128,106,599   6.64 GiB  the free memory but for 1/10 of the device",
-        "  KV cache        7,126,122,496   6.64 GiB  2,097,152 bytes a block",
-        "  left over       2,578,964,480   2.40 GiB  for activations",
+        "  activations     1,050,673,152   0.98 GiB  estimated; an engine measures them",
+        "  KV budget       6,077,433,446   5.66 GiB  the rest of gpu_memory_utilization=0.9",
+        "  KV cache        6,075,449,344   5.66 GiB  2,097,152 bytes a block",
+        "  left over       2,578,964,480   2.40 GiB",
         "",
         "  KV bytes a token  131,072",
-        "  blocks              3,398  of 16 tokens",
-        "  room               54,368  tokens",
+        "  blocks              2,897  of 16 tokens",
+        "  room               46,352  tokens",
         "  longest context     8,192  tokens, of 8,192",
-        "  requests at once        6  of 8,192 tokens; at most max_num_seqs=256",
-        "                         53  of 1,000 tokens; at most max_num_seqs=256",
+        "  requests at once        5  of 8,192 tokens; at most max_num_seqs=256",
+        "                         45  of 1,000 tokens; at most max_num_seqs=256",
         "",
         "It fits.",
     ]
@@ -100,12 +101,34 @@ def test_bytes_of_all_devices_stand_beside_those_of_each(model: str, capsys: pyt
 def test_what_does_not_fit_is_status_1_with_advice(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = octavo(capsys, model, "--device", "cuda", "--memory", "16GB")
     assert status == 1
-    assert "missing            64,716,800" in out
+    assert "missing         1,115,389,952" in out
     assert "requests at once        0  of 8,192 tokens" in out
     verdict = out[out.index("It does not fit.") :].splitlines()
-    assert verdict[1].startswith("Weights and rotary tables take 16,064,716,800 bytes of each device")
+    assert verdict[1].startswith("Weights, rotary tables and activations take 17,115,389,952 bytes of each")
     assert verdict[2] == "Any of these does:"
     assert verdict[3].startswith("  - Raise tensor_parallel_size to 2 devices")
+
+
+def test_a_cpu_s_activations_are_not_counted_and_come_out_of_what_is_left(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out = octavo(capsys, model, "--device", "cpu", "--memory", "24GiB")
+    assert "\n  activations" not in out
+    assert out.splitlines()[7].endswith("GiB  for activations")
+
+
+def test_fp8_is_a_byte_an_element_and_a_scale_for_each_head(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--device", "cuda", "--memory", "24GiB")
+    plain, fp8 = as_json(capsys, model, *flags), as_json(capsys, model, *flags, "--kv-cache-dtype", "fp8")
+    assert (plain["kv_bytes_per_token"], fp8["kv_bytes_per_token"]) == (131072, 131072 // 2 + 2 * 32 * 8 * 4)
+    assert fp8["num_blocks"] > 1.9 * plain["num_blocks"]
+
+
+def test_share_of_a_gpu_is_a_flag_of_the_plan(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--device", "cuda", "--memory", "24GiB")
+    found = as_json(capsys, model, *flags, "--gpu-memory-utilization", "0.95")
+    assert found["kv_cache_rule"] == "the rest of gpu_memory_utilization=0.95"
+    assert found["kv_cache_budget"] - as_json(capsys, model, *flags)["kv_cache_budget"] == round(0.05 * 24 * 2**30)
 
 
 def test_a_length_that_is_cut_short_is_status_0_with_what_would_serve_it(

@@ -71,7 +71,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         name: getattr(plan, name)
         for name in (
             *("model", "architecture", "device", "dtype", "max_model_len", "num_ranks", "fits"),
-            *("weight_bytes", "rotary_bytes", "adapter_bytes", "checkpoint_bytes"),
+            *("weight_bytes", "rotary_bytes", "adapter_bytes", "activation_bytes", "checkpoint_bytes"),
             *("kv_bytes_per_token", "kv_cache_budget", "kv_cache_rule", "kv_cache_bytes", "num_blocks", "num_tokens"),
             *("longest_context", "max_concurrent_requests", "max_loras", "max_lora_rank", "tokens_per_request"),
         )
@@ -131,10 +131,13 @@ def _byte_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield row("rotary tables", plan.rotary_bytes, f"{plan.max_model_len:,} positions")
     if plan.max_loras:
         yield row("adapters", plan.adapter_bytes, f"{plan.max_loras} of rank {plan.max_lora_rank}")
+    if plan.activation_bytes:
+        yield row("activations", plan.activation_bytes, "estimated; an engine measures them")
     yield row("KV budget", plan.kv_cache_budget, plan.kv_cache_rule)
     yield row("KV cache", plan.kv_cache_bytes, f"{plan.sizes.kv_bytes_per_block:,} bytes a block")
     left = plan.free_bytes - plan.kv_cache_bytes
-    yield row("left over", left, "for activations") if left >= 0 else row("missing", -left)
+    unused = "" if plan.activation_bytes else "for activations"
+    yield row("left over", left, unused) if left >= 0 else row("missing", -left)
 
 
 def _count_rows(plan: Plan) -> Iterator[tuple[str, ...]]:

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from octavo.plan.counts import Advice, Plan
 from octavo.plan.sizes import MOST_RANKS, RankSizes
-from octavo.runner.kv_cache import DeviceMemory, blocks_for
+from octavo.runner.kv_cache import MOST_HUNDREDTHS, DeviceMemory, blocks_for
 
 Goal = Callable[[Plan], bool]
-Found = tuple[str, int | str, str, Plan] | None
+Found = tuple[str, int | float | str, str, Plan] | None
 """A setting, the least change of it that does, a sentence, and the plan that results."""
 
 
@@ -36,6 +36,8 @@ def advise(
     for look in (
         lambda goal: _more_devices(plan, goal, sizes_of, can_run),
         lambda goal: _shorter_requests(plan, goal),
+        lambda goal: _more_of_the_gpu(plan, goal),
+        lambda goal: _fewer_requests(plan, goal),
         lambda goal: _kv_cache(plan, goal),
         lambda goal: _narrower(plan, goal, in_bfloat16),
         lambda goal: _fewer_adapters(plan, goal),
@@ -71,6 +73,36 @@ def _shorter_requests(plan: Plan, goal: Goal) -> Found:
     if not most:
         return None
     return "max_model_len", most, f"Lower max_model_len to at most {most:,} tokens.", shortened(most)
+
+
+def _more_of_the_gpu(plan: Plan, goal: Goal) -> Found:
+    def using(hundredths: int) -> Plan:
+        config = plan.config.model_copy(update={"gpu_memory_utilization": hundredths / 100})
+        return replace(plan, config=config)
+
+    least = _first(int(100 * plan.config.gpu_memory_utilization) + 1, MOST_HUNDREDTHS, lambda one: goal(using(one)))
+    if plan.device != "cuda" or least > MOST_HUNDREDTHS:
+        return None
+    share = least / 100
+    return "gpu_memory_utilization", share, f"Raise gpu_memory_utilization to at least {share:g}.", using(least)
+
+
+def _fewer_requests(plan: Plan, goal: Goal) -> Found:
+    if not plan.activation_bytes or plan.config.kv_cache_memory_bytes is not None:
+        return None
+
+    def limited(number: int) -> Plan:
+        return replace(plan, config=plan.config.model_copy(update={"max_num_seqs": number}))
+
+    most = _first(1, plan.config.max_num_seqs, lambda number: not goal(limited(number))) - 1
+    if not most:
+        return None
+    return (
+        "max_num_seqs",
+        most,
+        f"Lower max_num_seqs to at most {most:,}, which draw their tokens at once.",
+        limited(most),
+    )
 
 
 def _kv_cache(plan: Plan, goal: Goal) -> Found:
@@ -110,7 +142,8 @@ def _larger_devices(plan: Plan, goal: Goal) -> Found:
         return replace(plan, memory=DeviceMemory(free_bytes=num_bytes, total_bytes=num_bytes))
 
     cache_bytes = max(blocks_for(plan.config, plan.max_model_len) * plan.sizes.kv_bytes_per_block, plan.kv_cache_bytes)
-    enough = 2 * (plan.static_bytes + cache_bytes) + 1  # for the share of any rule
+    share = min(0.5, plan.config.gpu_memory_utilization)  # of any rule, at least
+    enough = int((plan.static_bytes + cache_bytes + 1) / share) + 1
     least = _first(0, enough, lambda num_bytes: goal(with_memory(num_bytes)))
     if least > enough:
         return None

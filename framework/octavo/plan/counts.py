@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from octavo.config import EngineConfig
 from octavo.plan.sizes import RankSizes
 from octavo.runner.kv_cache import (
-    DEFAULT_BUDGET_RULE,
     DeviceMemory,
     blocks_for,
     kv_cache_budget,
+    kv_cache_rule,
     num_kv_blocks,
     num_needed_blocks,
     too_few_blocks,
@@ -27,7 +27,7 @@ class Advice:
     """
 
     setting: str
-    value: int | str
+    value: int | float | str
     sentence: str
 
 
@@ -80,13 +80,24 @@ class Plan:
         return self.sizes.adapter_bytes * self.max_loras
 
     @property
+    def activation_bytes(self) -> int:
+        """Estimated, of a GPU: what the largest step needs while it runs. A CPU's come out of what is left."""
+        if self.device != "cuda":
+            return 0
+        num_tokens = self.config.max_num_batched_tokens
+        num_samples = min(self.config.max_num_seqs, num_tokens)
+        return max(
+            num_tokens * self.sizes.activation_bytes_per_token, num_samples * self.sizes.activation_bytes_per_sample
+        )
+
+    @property
     def static_bytes(self) -> int:
-        """All that lies there beside the KV cache."""
-        return self.weight_bytes + self.rotary_bytes + self.adapter_bytes
+        """All that lies there beside the KV cache, activations of a GPU included."""
+        return self.weight_bytes + self.rotary_bytes + self.adapter_bytes + self.activation_bytes
 
     @property
     def free_bytes(self) -> int:
-        """What is left for the KV cache and for activations; below zero when not even the weights fit."""
+        """What is left for the KV cache, on a CPU for activations too; below zero when not even the weights fit."""
         return self.memory.free_bytes - self.static_bytes
 
     @property
@@ -96,14 +107,14 @@ class Plan:
     @property
     def kv_cache_budget(self) -> int:
         """Bytes the KV cache may take, by the rule of the engine."""
-        memory = DeviceMemory(free_bytes=self.free_bytes, total_bytes=self.memory.total_bytes)
-        return kv_cache_budget(self.config, memory, self.device)
+        free_bytes = self.free_bytes + self.activation_bytes
+        memory = DeviceMemory(free_bytes=free_bytes, total_bytes=self.memory.total_bytes)
+        return kv_cache_budget(self.config, memory, self.device, self.activation_bytes)
 
     @property
     def kv_cache_rule(self) -> str:
         """Where the budget is from."""
-        given = self.config.kv_cache_memory_bytes is not None
-        return "kv_cache_memory_bytes" if given else DEFAULT_BUDGET_RULE[self.device]
+        return kv_cache_rule(self.config, self.device)
 
     @property
     def num_blocks(self) -> int:
@@ -139,9 +150,11 @@ class Plan:
     def faults(self) -> tuple[str, ...]:
         """Why an engine could not start, in sentences."""
         if self.free_bytes < 0:
-            what = "Weights, rotary tables and adapters take" if self.max_loras else "Weights and rotary tables take"
+            what = ["weights", "rotary tables", *["adapters"] * bool(self.max_loras)]
+            what += ["activations"] * bool(self.activation_bytes)
             return (
-                f"{what} {self.static_bytes:,} bytes of each device, and only {self.memory.free_bytes:,} are free.",
+                f"{', '.join(what[:-1]).capitalize()} and {what[-1]} take {self.static_bytes:,} bytes of each device, "
+                f"and only {self.memory.free_bytes:,} are free.",
             )
         if self.num_blocks < num_needed_blocks(self.config):
             return (too_few_blocks(self.config, self.num_blocks, self.kv_cache_budget, self.sizes.kv_bytes_per_block),)

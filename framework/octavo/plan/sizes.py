@@ -22,6 +22,9 @@ from octavo.selection import Selection
 MOST_RANKS = 64
 """How many devices are tried when one is not enough."""
 
+# Of plain torch with top-k and top-p: scores, sorted ones and their order, noise and its hash, and some to spare.
+_SAMPLING_BYTES_PER_LOGIT = 32
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSizes:
@@ -34,6 +37,9 @@ class RankSizes:
         rotary_bytes_per_position: of the tables of cosines and sines.
         adapter_bytes: of one position for a LoRA adapter over every linear but the head.
         kv_bytes_per_block: of all layers.
+        activation_bytes_per_token: an estimate of what a layer holds at its widest: residual and hidden state, and
+            three times its widest projection, as gate, up and their product are.
+        activation_bytes_per_sample: an estimate of what the draw of a token holds at its widest.
         remarks: what sharing the model among so many devices costs, in sentences.
     """
 
@@ -43,6 +49,8 @@ class RankSizes:
     rotary_bytes_per_position: int
     adapter_bytes: int
     kv_bytes_per_block: int
+    activation_bytes_per_token: int
+    activation_bytes_per_sample: int
     remarks: tuple[str, ...]
 
 
@@ -107,6 +115,7 @@ class Sizer:
         need = replace(self._selection.attention_need, num_heads=heads, num_kv_heads=kv_heads)
         layout = build_attention(*self._attention, need).kv_layout()
         lora_features = sum(part.shape_of_one.in_features + part.shape_of_one.out_features for part in factory.linears)
+        widest = max(max(part.shape_of_one.in_features, part.shape_of_one.out_features) for part in factory.linears)
         whole_bytes = sum(one.num_bytes for several in loader.expected.values() for one in several)
         return RankSizes(
             num_ranks=num_ranks,
@@ -115,6 +124,8 @@ class Sizer:
             rotary_bytes_per_position=factory.rotary_bytes_per_position,
             adapter_bytes=self._max_lora_rank * lora_features * self._dtype.itemsize,
             kv_bytes_per_block=layout.bytes_per_block * model_config.num_layers,
+            activation_bytes_per_token=(2 * model_config.hidden_size + 3 * widest) * self._dtype.itemsize,
+            activation_bytes_per_sample=_SAMPLING_BYTES_PER_LOGIT * model_config.vocab_size,
             remarks=tuple(self._remarks(num_ranks)),
         )
 

@@ -12,14 +12,10 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 
 _MOST_CPU_BYTES = 4 * 2**30
-_GPU_RESERVE = 10  # one part in so many
 _UNKNOWN_BYTES = 2 * _MOST_CPU_BYTES
 
-DEFAULT_BUDGET_RULE = {
-    "cpu": f"half of the free memory, at most {_MOST_CPU_BYTES >> 30} GiB",
-    "cuda": f"the free memory but for 1/{_GPU_RESERVE} of the device",
-}
-"""What `kv_cache_budget` takes of each device when the user gives no number, in words."""
+MOST_HUNDREDTHS = 98
+"""Of a GPU's memory that we advise to use: the driver and CUDA graphs take some, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +38,29 @@ def device_memory(device: str) -> DeviceMemory:
     return DeviceMemory(free_bytes=min(total, _available_cpu_bytes() or total), total_bytes=total)
 
 
-def kv_cache_budget(config: EngineConfig, memory: DeviceMemory, device: str) -> int:
+def kv_cache_budget(config: EngineConfig, memory: DeviceMemory, device: str, activation_bytes: int = 0) -> int:
     """Bytes the KV cache may take of a device on which the weights already lie: the user's number, or a share.
 
-    On a CPU memory is only taken as blocks are first written; what stays free of a GPU is for activations.
+    On a CPU memory is only taken as blocks are first written. Of a GPU the engine takes gpu_memory_utilization in all,
+    what others have taken of it included: the weights that lie there, what steps need, and the rest for the KV cache.
+
+    Args:
+        activation_bytes: what a step may need of a GPU beside weights and KV cache.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device == "cuda":
-        return max(0, memory.free_bytes - memory.total_bytes // _GPU_RESERVE)
+        return max(0, _usable_bytes(config, memory) - (memory.total_bytes - memory.free_bytes) - activation_bytes)
     return max(0, min(_MOST_CPU_BYTES, memory.free_bytes // 2))
+
+
+def kv_cache_rule(config: EngineConfig, device: str) -> str:
+    """How `kv_cache_budget` comes to its number, in words."""
+    if config.kv_cache_memory_bytes is not None:
+        return "kv_cache_memory_bytes"
+    if device == "cuda":
+        return f"the rest of gpu_memory_utilization={config.gpu_memory_utilization:g}"
+    return f"half of the free memory, at most {_MOST_CPU_BYTES >> 30} GiB"
 
 
 def num_kv_blocks(config: EngineConfig, max_model_len: int, budget: int, bytes_per_block: int) -> int:
@@ -93,19 +102,52 @@ def blocks_for(config: EngineConfig, num_tokens: int) -> int:
     return -(-num_tokens // config.block_size)
 
 
-def check_num_kv_blocks(config: EngineConfig, num_blocks: int, budget: int, bytes_per_block: int) -> None:
+def check_num_kv_blocks(
+    config: EngineConfig,
+    num_blocks: int,
+    budget: int,
+    bytes_per_block: int,
+    gpu_memory: DeviceMemory | None = None,
+    activation_bytes: int = 0,
+) -> None:
     """Raise when an engine cannot work with so few.
+
+    Args:
+        gpu_memory, activation_bytes: what the budget was made from, on a GPU.
 
     Raises:
         ConfigError: the message has the numbers, and settings that would do.
     """
     needed = num_needed_blocks(config)
-    if num_blocks < needed:
-        shorter = f" or lower max_model_len to at most {num_blocks * config.block_size}" if num_blocks else ""
-        raise ConfigError(
-            f"{too_few_blocks(config, num_blocks, budget, bytes_per_block)} Raise kv_cache_memory_bytes to at least "
-            f"{needed * bytes_per_block:,}{shorter}."
+    if num_blocks >= needed:
+        return
+    sentences = [too_few_blocks(config, num_blocks, budget, bytes_per_block)]
+    if gpu_memory is None or config.kv_cache_memory_bytes is not None:
+        ways = [f"raise kv_cache_memory_bytes to at least {needed * bytes_per_block:,}"]
+    else:
+        taken = gpu_memory.total_bytes - gpu_memory.free_bytes
+        sentences.append(
+            f"gpu_memory_utilization={config.gpu_memory_utilization:g} of the GPU is "
+            f"{_usable_bytes(config, gpu_memory):,} bytes, of which {taken:,} are taken, by weights and by others, and "
+            f"steps need {activation_bytes:,}."
         )
+        least = _utilization_for(taken + activation_bytes + needed * bytes_per_block, gpu_memory.total_bytes)
+        ways = [] if least is None else [f"raise gpu_memory_utilization to at least {least:g}"]
+        ways.append("lower max_num_seqs and max_num_batched_tokens, so that steps need less,")
+    if num_blocks:
+        ways.append(f"lower max_model_len to at most {num_blocks * config.block_size}")
+    sentences.append(" or ".join(ways).removesuffix(",").capitalize() + ".")
+    raise ConfigError(" ".join(sentences))
+
+
+def _utilization_for(num_bytes: int, total_bytes: int) -> float | None:
+    """The least gpu_memory_utilization, in hundredths, that is so many bytes; None when that is too much to ask for."""
+    hundredths = 100 * num_bytes // total_bytes + 1  # more than enough by a byte, which rounding may take
+    return hundredths / 100 if hundredths <= MOST_HUNDREDTHS else None
+
+
+def _usable_bytes(config: EngineConfig, memory: DeviceMemory) -> int:
+    return int(memory.total_bytes * config.gpu_memory_utilization)
 
 
 def too_few_blocks(config: EngineConfig, num_blocks: int, budget: int, bytes_per_block: int) -> str:
