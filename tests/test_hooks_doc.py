@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from octavo import interfaces
 from octavo.builtin import octavo_components
@@ -141,18 +142,24 @@ def test_variables_of_the_environment_are_those_read() -> None:
     assert [row[1] for row in rows] == [f"plugins.{field.name}" for field in fields(PluginRules)]
 
 
-def test_table_of_layouts_is_what_the_built_in_backends_publish() -> None:
+@pytest.mark.parametrize(("kv_cache_dtype", "heading"), [("auto", "layout"), ("fp8", "layout in fp8")])
+def test_table_of_layouts_is_what_the_built_in_backends_publish(kv_cache_dtype: str, heading: str) -> None:
     sizes = {"block_size": 5, "num_kv_heads": 7, "head_dim": 11}
-    need = AttentionNeed(device="cpu", dtype="float32", num_heads=14, **sizes)
+    need = AttentionNeed(device="cpu", dtype="float32", num_heads=14, kv_cache_dtype=kv_cache_dtype, **sizes)
     published = []
     for spec in octavo_components():
         if isinstance(spec, AttentionSpec) and spec.kv_layout:
             layout = load_target(spec.target)(need).kv_layout()
-            published += [(layout.name, buffer.name, buffer.block_shape) for buffer in layout.buffers]
+            published += [(layout.name, buffer.name, buffer.block_shape, buffer.dtype) for buffer in layout.buffers]
             assert layout.name == spec.kv_layout
     written = [
-        (name, buffer, tuple(sizes[word] for word in shape.strip("[]").split(", ")[1:]))
-        for name, buffer, shape, _ in table(section("KV layouts"), "layout")
+        (
+            name,
+            buffer,
+            tuple(sizes[word] for word in shape.strip("[]").split(", ")[1:]),
+            getattr(torch, "float32" if dtype == "the need's" else dtype),
+        )
+        for name, buffer, shape, dtype in table(section("KV layouts"), heading)
     ]
     assert written == published
 

@@ -13,9 +13,9 @@ from octavo.interfaces import (
     AttentionParameters,
     BatchLayout,
     BatchLimits,
-    KVBuffer,
     KVCache,
     KVLayout,
+    nhd_layout,
 )
 from octavo.plugins.specs import AttentionNeed
 from octavo_example_attention_sdpa.options import SDPAOptions
@@ -41,10 +41,7 @@ class SDPAAttention(AttentionBackend):
         self._max_query_tokens = options.max_query_tokens
 
     def kv_layout(self) -> KVLayout:
-        shape = (self.need.block_size, self.need.num_kv_heads, self.need.head_dim)
-        dtype: torch.dtype = getattr(torch, self.need.dtype or "float32")
-        buffers = tuple(KVBuffer(name=name, block_shape=shape, dtype=dtype) for name in ("key", "value"))
-        return KVLayout(name="torch-nhd", buffers=buffers)
+        return nhd_layout(self.need)
 
     def make_state(self, limits: BatchLimits) -> _State:
         return _State(rows=torch.empty(0), slots=torch.empty(0), slices=[])
