@@ -128,7 +128,7 @@ def main() -> None:
     begin = time.monotonic()
     with scratch_folder() as scratch:
         environ = child_environ(args, scratch)
-        run = Run(args=args, circumstances=circumstances(args), path=args.output or report.result_path("gpu"))
+        run = Run(args=args, circumstances=circumstances(args), path=args.output or result_path(args))
         limit = args.seconds or (QUICK_SECONDS if args.quick else WHOLE_SECONDS)
         for group in GROUPS:
             chosen = [process for process in group if args.parts is None or process.name in args.parts]
@@ -153,6 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of the Llama-3-8B shape; default 32, quick 8, tiny 2")
     parser.add_argument("--seconds", type=float, help=f"for everything; default {WHOLE_SECONDS:.0f}")
     parser.add_argument("--parts", type=lambda text: text.split(","), help=f"some of: {','.join(names)}")
+    parser.add_argument("--wheels", type=Path, default=environment.WHEELS, help="default: build/gpu-wheels")
     parser.add_argument("--output", type=Path, help="path of the result without its suffix; default: a new dated one")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--worker-seconds", type=float, help=argparse.SUPPRESS)
@@ -182,7 +183,7 @@ def child_environ(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
     """Of the parts: Octavo can be imported, nothing is downloaded, and no kernel was compiled before this run."""
     environ = {
         **os.environ,
-        "PYTHONPATH": environment.python_path(scratch / "environment"),
+        "PYTHONPATH": environment.python_path(scratch / "environment", args.wheels),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
@@ -194,6 +195,10 @@ def child_environ(args: argparse.Namespace, scratch: Path) -> dict[str, str]:
     else:
         environ.pop("TRITON_INTERPRET", None)
     return environ
+
+
+def result_path(args: argparse.Namespace) -> Path:
+    return report.result_path("gpu-tiny" if args.tiny else "gpu-quick" if args.quick else "gpu")
 
 
 def circumstances(args: argparse.Namespace) -> dict[str, Any]:

@@ -33,7 +33,7 @@ DECODES = (
     Decode(batch=256, prompt=1000, output=64, target=14000, roofline=19896),
 )
 QUICK_DECODES = (Decode(batch=1, prompt=128, output=96), Decode(batch=64, prompt=500, output=48))
-TINY_DECODES = (Decode(batch=1, prompt=3, output=4), Decode(batch=3, prompt=4, output=4))
+TINY_DECODES = (Decode(batch=1, prompt=3, output=4), Decode(batch=2, prompt=4, output=4))
 PREFILL_TARGET, PREFILL_ROOFLINE = 40_000, 55_000
 CONVERSATION_TARGET = 12_500
 READY_TARGET_SECONDS = 30.0
@@ -82,7 +82,7 @@ def greedy(num_tokens: int) -> SamplingParams:
 def warm_up(part: Part, llm: LLM) -> None:
     """Whatever the first steps of each kind still have to do."""
     for count, length in part.choose(((1, 40), (40, 300)), ((1, 40), (40, 300)), ((1, 3),)):
-        llm.generate(random_prompts(part, count, length), greedy(3 if part.tiny else 8))
+        llm.generate(random_prompts(part, count, length), greedy(2 if part.tiny else 8))
 
 
 def is_shape(part: Part) -> bool:
@@ -149,7 +149,7 @@ def measure_prefill(part: Part, llm: LLM) -> None:
 def sample_of_conversations(part: Part, count: int) -> list[Conversation]:
     """The first `count` of those that the engine is given."""
     total = part.choose(1000, 200, 3)
-    return conversations(total, vocab_size(part), longest=6 if part.tiny else 1024)[:count]
+    return conversations(total, vocab_size(part), longest=4 if part.tiny else 1024)[:count]
 
 
 def measure_conversations(part: Part, llm: LLM) -> None:

@@ -72,7 +72,7 @@ def profile_decode(part: Part, llm: LLM, prompts: list[list[int]]) -> None:
     skip, count = part.choose((8, 20), (8, 20), (1, 2))
     listener = ProfiledSteps(batch, skip, count, part.on_gpu)
     llm.engine.step_listeners.append(listener)
-    params = SamplingParams(temperature=0.0, max_tokens=skip + count + 8, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0.0, max_tokens=skip + count + 3, ignore_eos=True, detokenize=False)
     try:
         llm.generate(prompts, params)
     finally:
