@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,24 @@ def setting(explanation: Explanation, name: str) -> tuple[object, str]:
     return found.value, str(found.source)
 
 
+TWO_PHASES = """
+    from octavo import AttentionSpec, hookimpl
+    OCTAVO_API = "1.0"
+
+    @hookimpl
+    def octavo_components():
+        common = {
+            "target": "octavo.builtin.torch_attention:TorchAttention",
+            "features": frozenset({"prefill", "decode"}),
+            "kv_layout": "torch-nhd",
+        }
+        return [
+            AttentionSpec(name="flash", priority=100, decode_priority=50, **common),
+            AttentionSpec(name="paged", priority=50, decode_priority=100, **common),
+        ]
+"""
+
+
 # ------------------------------------------------------------------------------------------------------ the sockets
 
 
@@ -116,6 +135,40 @@ def test_a_candidate_is_told_with_plugin_and_version_and_why_it_was_refused(fold
     assert (glass.plugin, glass.distribution, glass.version) == ("lottery", "dummy-lottery", "1.2")
     assert not glass.chosen
     assert "runs on crystal; this engine runs on cpu" in glass.reasons
+
+
+def test_the_best_for_each_phase_is_chosen_and_the_other_told_with_both_priorities(
+    folder: Path, site_packages: Any
+) -> None:
+    site_packages.install("phases", TWO_PHASES)
+    explanation = explain(str(folder), device="cpu")
+    for socket, best, other in (("attention.prefill", "flash", "paged"), ("attention.decode", "paged", "flash")):
+        assert candidate(explanation, socket, best).chosen
+        assert [candidate(explanation, socket, name).priority for name in (best, other)] == [100, 50]
+    printed = str(explanation).splitlines()
+    lines = [line for line in printed if re.match(r"  [ *] phases/", line)]
+    assert [line.split()[0] for line in lines] == ["*", "phases/paged", "phases/flash", "*"]
+    for line in lines[1:3]:
+        assert line.endswith("could serve; its priority is 50, the chosen one's 100")
+
+
+def test_a_backend_that_cannot_read_an_fp8_cache_says_so_and_is_not_taken(folder: Path, site_packages: Any) -> None:
+    site_packages.install("phases", TWO_PHASES)
+    explanation = explain(str(folder), device="cpu", kv_cache_dtype="fp8")
+    for socket in ("attention.prefill", "attention.decode"):
+        for name in ("flash", "paged"):
+            assert candidate(explanation, socket, name).reasons == ("does not support fp8_kv_cache",)
+        assert candidate(explanation, socket, "torch").chosen
+    with pytest.raises(ConfigError, match="'flash' cannot be used: does not support fp8_kv_cache"):
+        LLM(str(folder), device="cpu", kv_cache_dtype="fp8", attention="flash")
+
+
+def test_a_name_that_was_asked_for_is_not_compared_by_priority(folder: Path, site_packages: Any) -> None:
+    site_packages.install("phases", TWO_PHASES)
+    explanation = explain(str(folder), device="cpu", attention="torch")
+    assert candidate(explanation, "attention.decode", "torch").chosen
+    lines = [line for line in str(explanation).splitlines() if " phases/" in line]
+    assert [line.endswith(" could serve") for line in lines] == [True] * 4
 
 
 def test_an_explicit_name_that_cannot_serve_is_an_error_and_no_other_is_taken(folder: Path, lottery: None) -> None:

@@ -15,13 +15,13 @@ from octavo import LLM, SamplingParams
 from octavo.builtin.torch_attention import TorchAttention
 from octavo.config import ComponentConfig
 from octavo.errors import PluginError, UnavailableComponentError, UnknownNameError
-from octavo.interfaces import BatchLayout, KVLayout
+from octavo.interfaces import BatchLayout, BatchLimits, KVLayout
 from octavo.nn.split_attention import SplitAttention, build_attention
 from octavo.plugins.attention_pair import choose_attention
 from octavo.plugins.host import Plugin
 from octavo.plugins.registry import Choice, Registry
 from octavo.plugins.specs import AttentionNeed, AttentionSpec
-from octavo.testing.paged_scene import Batch, PagedScene, Row, usual_parameters
+from octavo.testing.paged_scene import LIMITS, Batch, PagedScene, Row, usual_parameters
 
 NEED = AttentionNeed(device="cpu", dtype="float32", num_heads=6, num_kv_heads=2, head_dim=16, block_size=16)
 
@@ -85,6 +85,25 @@ def test_backend_of_each_phase_is_given_that_phase_alone() -> None:
     assert (prefill.planned, decode.planned) == ([PREFILLS], [DECODES])
 
 
+def test_two_backends_that_rotate_equal_one() -> None:
+    scene, batch = scene_of(DECODES + PREFILLS)
+    rotary, split = scene.rotary(batch, 8), SplitAttention(TorchAttention(NEED), TorchAttention(NEED))
+    state = split.make_state(BatchLimits(**LIMITS, block_size=16, device="cpu"))
+    split.plan(batch.layout, state)
+    inputs = batch.query, batch.key, batch.value, rotary, scene.cache, state, usual_parameters(NEED)
+    wanted = batch.rotated(rotary).wanted(usual_parameters(NEED))
+    assert (split.rotate_and_forward(*inputs) - wanted).abs().max() < 1e-5
+
+
+def test_graphs_are_those_of_the_backend_for_decode() -> None:
+    class Captured(TorchAttention):
+        graph_mode = "decode"
+
+    plain, captured = TorchAttention(NEED), Captured(NEED)
+    assert SplitAttention(plain, captured).graph_mode == "decode"
+    assert SplitAttention(captured, plain).graph_mode == "none"
+
+
 def test_two_that_make_one_layout_differently_are_refused_with_both_named() -> None:
     class OtherOrder(TorchAttention):
         def kv_layout(self) -> KVLayout:
@@ -125,6 +144,17 @@ def reasons(choice: Choice) -> dict[str, tuple[str, ...]]:
 def test_auto_takes_the_pair_with_the_highest_priorities() -> None:
     flash, paged = spec("flash", "prefill", priority=10), spec("paged", "decode", priority=5)
     assert names(choose(spec("plain"), flash, paged)) == ("flash", "paged")
+
+
+def test_auto_ranks_a_backend_apart_for_each_phase() -> None:
+    flash, paged = spec("flash", priority=10, decode_priority=5), spec("paged", priority=5, decode_priority=10)
+    assert names(choose(spec("plain"), flash, paged)) == ("flash", "paged")
+    assert names(choose(spec("plain", priority=11), flash, paged)) == ("plain", "plain")
+
+
+def test_rank_for_decode_may_be_zero_or_below() -> None:
+    prefills_better = spec("flash", priority=10, decode_priority=0)
+    assert names(choose(spec("plain", priority=1), prefills_better)) == ("flash", "plain")
 
 
 def test_auto_leaves_the_best_for_one_phase_when_nothing_of_its_layout_serves_the_other() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from octavo.errors import OctavoError
 from octavo.interfaces.manifest import ChosenComponent
 from octavo.plugins.registry import Candidate, Choice, Choices
-from octavo.plugins.specs import SPEC_KINDS
+from octavo.plugins.specs import SPEC_KINDS, AttentionSpec
 from octavo.selection import Selection, select
 from octavo.settings import AUTO, DEFAULT, Settings, Source, as_settings
 
@@ -32,7 +32,10 @@ NOTHING = Choice(kind="proposer", candidates=())
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExplainedCandidate:
-    """One component that was asked. `reasons` are sentences; none and not chosen: another was preferred."""
+    """One component that was asked. `reasons` are sentences; none and not chosen: another was preferred.
+
+    `priority` is where `auto` ranks it for this socket, for decode and for prefill apart.
+    """
 
     name: str
     summary: str
@@ -130,7 +133,7 @@ def _sockets(selection: Selection) -> Iterator[ExplainedSocket]:
             yield ExplainedSocket(
                 name=name,
                 asked_name=_wishes(selection).get(name, "auto"),
-                candidates=tuple(_candidate(one) for one in choice.candidates),
+                candidates=tuple(_candidate(one, name) for one in choice.candidates),
                 error=None if error is None else str(error),
             )
 
@@ -158,14 +161,16 @@ def _wishes(selection: Selection) -> dict[str, str]:
     }
 
 
-def _candidate(one: Candidate) -> ExplainedCandidate:
+def _candidate(one: Candidate, socket: str) -> ExplainedCandidate:
+    spec = one.spec
+    priority = spec.priority_for(socket.partition(".")[2]) if isinstance(spec, AttentionSpec) else spec.priority
     return ExplainedCandidate(
         name=one.spec.name,
         summary=one.spec.summary,
         plugin=one.plugin.name,
         distribution=one.plugin.distribution,
         version=one.plugin.version,
-        priority=one.spec.priority,
+        priority=priority,
         chosen=one.chosen,
         reasons=one.reasons,
     )
@@ -232,9 +237,8 @@ def _lines(explanation: Explanation) -> Iterator[str]:
         asked = "" if socket.asked_name == "auto" else f", {socket.asked_name!r} was asked for"
         yield f"\n{_noun(socket.name)} ({socket.name}){asked}"
         for one in socket.candidates:
-            verdict = f"chosen: {one.summary}" if one.chosen else "; ".join(one.reasons) or "could serve"
             mark = "*" if one.chosen else " "
-            yield f"  {mark} {_label(one):<{name_width}}  {_origin(one):<{origin_width}}  {verdict}"
+            yield f"  {mark} {_label(one):<{name_width}}  {_origin(one):<{origin_width}}  {_verdict(one, socket)}"
         if not socket.candidates:
             yield "    none installed"
         if socket.error:
@@ -247,6 +251,15 @@ def _lines(explanation: Explanation) -> Iterator[str]:
     # A long list takes the room it needs, without pushing every other row's source away.
     widths = [max(len(row[column]) for row in rows if len(row[column]) <= _WIDEST) for column in (0, 1)]
     yield from (f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
+
+
+def _verdict(one: ExplainedCandidate, socket: ExplainedSocket) -> str:
+    if one.chosen or one.reasons:
+        return f"chosen: {one.summary}" if one.chosen else "; ".join(one.reasons)
+    chosen = [other.priority for other in socket.candidates if other.chosen]
+    if socket.asked_name != "auto" or len(chosen) != 1:
+        return "could serve"
+    return f"could serve; its priority is {one.priority}, the chosen one's {chosen[0]}"
 
 
 def _label(one: ExplainedCandidate) -> str:

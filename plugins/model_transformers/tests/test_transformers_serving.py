@@ -72,7 +72,7 @@ def test_a_component_written_for_the_architecture_is_preferred_and_explain_shows
     assert [name for name, one in candidates.items() if one.chosen] == ["builtin/llama"]
     assert candidates["model-transformers/transformers"].reasons == ()
     line = next(line for line in str(explain(str(folder))).splitlines() if "model-transformers/transformers" in line)
-    assert line.endswith("could serve")
+    assert line.endswith("could serve; its priority is -100, the chosen one's 0")
 
 
 def test_where_nothing_is_written_for_it_the_model_is_served_with_a_warning(
