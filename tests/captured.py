@@ -24,8 +24,8 @@ def run_again(forward: Forward) -> Forward:
     return replay
 
 
-def plan_of(sizes: Sequence[int], *, max_seconds: float = 60.0, max_bytes: int = 2**40) -> GraphPlan:
-    return GraphPlan(device="cpu", sizes=sizes, capture=run_again, max_seconds=max_seconds, max_bytes=max_bytes)
+def plan_of(sizes: Sequence[int], *, max_seconds: float = 60.0, max_share: float = 1.0) -> GraphPlan:
+    return GraphPlan(device="cpu", sizes=sizes, capture=run_again, max_seconds=max_seconds, max_share=max_share)
 
 
 def capture_on_cpu(monkeypatch: pytest.MonkeyPatch, sizes: Sequence[int]) -> None:

@@ -160,7 +160,7 @@ def test_no_size_is_begun_after_the_memory_is_spent(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         graphs, "device_memory", lambda _: type(memory)(free_bytes=next(free), total_bytes=memory.total_bytes)
     )
-    assert DecodeGraphs(plan_of((1, 2, 4, 8), max_bytes=150)).capture(outputs_of) == [1, 8]
+    assert DecodeGraphs(plan_of((1, 2, 4, 8), max_share=0.15)).capture(outputs_of) == [1, 8]
 
 
 def test_capturing_logs_time_and_memory_beside_what_is_allowed(caplog: pytest.LogCaptureFixture) -> None:

@@ -25,7 +25,7 @@ Capture = Callable[[Forward], Forward]
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _MAX_SECONDS = 20.0
-_SHARE_OF_FREE_MEMORY = 0.5
+_MAX_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,14 +35,14 @@ class GraphPlan:
     Attributes:
         sizes: numbers of requests.
         max_seconds: after which no further size is begun.
-        max_bytes: of the device's memory, after which no further size is begun.
+        max_share: of the memory that is free when capturing begins, after which no further size is begun.
     """
 
     device: str
     sizes: Sequence[int]
     capture: Capture
     max_seconds: float
-    max_bytes: int
+    max_share: float
 
 
 class DecodeGraphs:
@@ -69,8 +69,9 @@ class DecodeGraphs:
         plan, largest = self._plan, self.max_size
         order = [largest, *sorted(size for size in set(plan.sizes) if size != largest)]
         start, free_bytes, taken_bytes = time.monotonic(), device_memory(plan.device).free_bytes, 0
+        max_bytes = int(plan.max_share * free_bytes)
         for size in order:
-            spent = time.monotonic() - start > plan.max_seconds or taken_bytes > plan.max_bytes
+            spent = time.monotonic() - start > plan.max_seconds or taken_bytes > max_bytes
             if self._replays and spent:
                 break
             self._replays[size] = plan.capture(prepare(size))
@@ -80,7 +81,7 @@ class DecodeGraphs:
         logger.info(
             "Captured decode steps of %s requests in %.2f s (of %.0f s allowed), %.0f MiB (of %.0f MiB)%s",
             *(", ".join(map(str, captured)), time.monotonic() - start, plan.max_seconds),
-            *(taken_bytes / 2**20, plan.max_bytes / 2**20),
+            *(taken_bytes / 2**20, max_bytes / 2**20),
             f"; left out: {', '.join(map(str, left_out))}" if left_out else "",
         )
         return captured
@@ -91,7 +92,7 @@ class DecodeGraphs:
 
 
 def graph_plan(device: str, max_num_requests: int, enforce_eager: bool) -> GraphPlan | None:
-    """What to capture on a device, now that weights and KV cache lie on it; None: nothing."""
+    """What to capture on a device; None: nothing."""
     if device != "cuda" or enforce_eager:
         return None
     return GraphPlan(
@@ -99,7 +100,7 @@ def graph_plan(device: str, max_num_requests: int, enforce_eager: bool) -> Graph
         sizes=graph_sizes(max_num_requests),
         capture=CudaCapture(),
         max_seconds=_MAX_SECONDS,
-        max_bytes=int(_SHARE_OF_FREE_MEMORY * device_memory(device).free_bytes),
+        max_share=_MAX_SHARE,
     )
 
 

@@ -40,15 +40,18 @@ class Worker:
                 check_same_vocabulary(manifest, manifest.draft_model)
                 draft = load_model(manifest.draft_model, lambda _phase: nullcontext())
         engine, bytes_per_block = manifest.config, model.bytes_per_block
+        step_bytes = 0
         if manifest.device == "cuda":  # a CPU's KV cache takes no more than half of what is free
             with self._phase("try the largest steps"):
-                activation_bytes(model)
+                step_bytes = activation_bytes(model)
         with self._phase("allocate KV cache"):
-            budget = kv_cache_budget(engine, device_memory(manifest.device), manifest.device)
+            memory = device_memory(manifest.device)
+            budget = kv_cache_budget(engine, memory, manifest.device, step_bytes)
             if draft is not None:
                 budget = without_draft_kv(engine, draft.manifest.config, budget, bytes_per_block, draft.bytes_per_block)
             num_blocks = num_kv_blocks(engine, manifest.max_model_len, budget, bytes_per_block)
-            check_num_kv_blocks(engine, num_blocks, budget, bytes_per_block)
+            gpu_memory = memory if manifest.device == "cuda" else None
+            check_num_kv_blocks(engine, num_blocks, budget, bytes_per_block, gpu_memory, step_bytes)
             kv_cache_bytes = num_blocks * bytes_per_block
             beside, draft_kv_bytes = _beside(draft, num_blocks) if draft is not None else (None, 0)
             rule_limits = RuleLimits(
