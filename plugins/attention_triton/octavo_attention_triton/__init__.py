@@ -37,6 +37,6 @@ def octavo_components() -> list[AttentionSpec]:
             priority=5,
             decode_priority=10,
             probe="octavo_attention_triton.probe:why_not",
-            options="octavo_attention_triton.paged:PagedOptions",
+            options="octavo_attention_triton.options:PagedOptions",
         ),
     ]

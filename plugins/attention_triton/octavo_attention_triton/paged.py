@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from octavo.interfaces import (
@@ -22,21 +20,11 @@ from octavo.plugins.specs import AttentionNeed
 from octavo_attention_triton.cache import rotate_and_write_kv, write_kv
 from octavo_attention_triton.kernels.merge_splits import SplitStates
 from octavo_attention_triton.kernels.paged_decode import paged_decode
+from octavo_attention_triton.options import MAX_SPLITS, PagedOptions
 from octavo_attention_triton.tuned import PagedConfig, num_multiprocessors, paged_config, target_capability
-
-MAX_SPLITS = 64  # whose states a merge holds in registers
 
 # Programs on a multiprocessor: with two of them one computes while the other waits for memory.
 _PROGRAMS_EACH = 2
-
-
-class PagedOptions(BaseModel):
-    """Of "triton-paged"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    num_kv_splits: Annotated[int, Field(ge=1, le=MAX_SPLITS)] | None = None
-    """parts that a context is cut into, computed side by side; null: as many as fill the GPU in this step"""
 
 
 @dataclass(slots=True)

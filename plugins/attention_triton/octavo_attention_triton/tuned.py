@@ -94,7 +94,7 @@ def paged_config(
 ) -> PagedConfig:
     """Tiles of the decode kernel; `dtype` of queries, `fp8` whether the cache holds 8-bit elements."""
     if capability == _INTERPRETER:
-        return PagedConfig(block_n=32, num_warps=4, num_stages=1)
+        return PagedConfig(block_n=64, num_warps=4, num_stages=1)
     bits = dtype.itemsize * 8
     case = _case(bits, head_dim, fp8) | {"group": group, "block_size": block_size}
     if (found := nearest(_cases(capability, "paged_decode"), case)) is not None:

@@ -1,4 +1,3 @@
-# ruff: noqa: N803
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """Attention over parts of a context, each with a softmax of its own, put together."""
 

@@ -1,4 +1,3 @@
-# ruff: noqa: N803
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """Decode: one query token each, over a context in pages, cut into splits that are computed side by side."""
 
@@ -63,8 +62,8 @@ def paged_decode_kernel(
 
     first = tl.maximum(length - window, 0)
     first_tile = first // BLOCK_N
-    last_tile = tl.cdiv(length, BLOCK_N)
-    tiles_per_split = tl.cdiv(last_tile - first_tile, num_splits)
+    last_tile = (length + BLOCK_N - 1) // BLOCK_N
+    tiles_per_split = (last_tile - first_tile + num_splits - 1) // num_splits
     begin = tl.minimum(first_tile + split * tiles_per_split, last_tile)
     end = tl.minimum(begin + tiles_per_split, last_tile)
 
@@ -80,8 +79,8 @@ def paged_decode_kernel(
     value_ptr += kv_head * stride_kv_head
     block_table_ptr += request * stride_table
     largest = tl.full([BLOCK_HEADS], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_HEADS], tl.float32)
-    acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
+    total = tl.full([BLOCK_HEADS], 0.0, tl.float32)
+    acc = tl.full([BLOCK_HEADS, BLOCK_DIM], 0.0, tl.float32)
     for tile in range(begin, end):
         positions = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = (positions >= first) & (positions < length)
@@ -96,8 +95,9 @@ def paged_decode_kernel(
             scale_offsets = blocks * stride_scale_block + slots * stride_scale_slot + kv_head
             scores *= tl.load(key_scale_ptr + scale_offsets, mask=seen, other=0.0)[None, :]
         if HAS_CAP:
-            # tanh(x) = 1 - 2 / (e^2x + 1), whose power may overflow to infinity or vanish: both limits are right.
-            scores = cap * (1.0 - 2.0 / (tl.exp2(scores * (_TWICE_LOG2_E)) + 1.0))
+            # tanh(|x|) = (1 - t) / (1 + t), t = e^(-2|x|) <= 1: nothing overflows.
+            power = tl.exp2(tl.abs(scores) * -_TWICE_LOG2_E)
+            scores = tl.where(scores < 0, -cap, cap) * (1.0 - power) / (1.0 + power)
         scores = tl.where(seen[None, :], scores, float("-inf"))
 
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
@@ -158,7 +158,7 @@ def paged_decode(
     _, block_size, num_kv_heads, cached_head_dim = key.shape
     if cached_head_dim != head_dim or num_heads % num_kv_heads or key.stride() != value.stride():
         raise ShapeError(
-            "Wanted a query [num_rows, num_heads, head_dim], and keys and values [num_blocks, block_size, num_kv_heads, "
+            "Wanted a query [num_rows, num_heads, head_dim], keys and values [num_blocks, block_size, num_kv_heads, "
             f"head_dim] that lie alike; found {list(query.shape)}, {list(key.shape)} and {list(value.shape)}."
         )
     if query.stride(2) != 1:
