@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import write_tiny_llama
+from torch import Tensor
 
+from octavo.builtin.torch_kernels import TorchKernels
 from octavo.config import EngineConfig
-from octavo.interfaces import BatchLimits, Step
+from octavo.interfaces import BatchLimits, SamplingInputs, Step
 from octavo.runner.loaded_model import LoadedModel, load_model
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.trial import make_trial_steps, num_trial_blocks, trial_steps
@@ -31,6 +33,9 @@ def test_no_step_of_the_trial_goes_beyond_the_limits(limits: BatchLimits) -> Non
     blocks: dict[str, list[int]] = {}
     running: set[str] = set()
     for step in trial_steps(limits):
+        for request_id in step.leaving:
+            running.remove(request_id)
+            del blocks[request_id]
         assert step.num_tokens <= limits.max_num_tokens
         running |= {row.request_id for row in step.entering}
         assert len(running) <= limits.max_num_requests
@@ -39,9 +44,9 @@ def test_no_step_of_the_trial_goes_beyond_the_limits(limits: BatchLimits) -> Non
             end = row.num_computed_tokens + row.num_tokens
             assert end <= limits.max_model_len
             assert end <= len(blocks[row.request_id]) * limits.block_size
-    used = [block for of_request in blocks.values() for block in of_request]
-    assert len(used) == len(set(used))
-    assert max(used) < num_trial_blocks(limits)
+        used = [block for of_request in blocks.values() for block in of_request]
+        assert len(used) == len(set(used))
+        assert max(used) < num_trial_blocks(limits)
 
 
 @given(limits)
@@ -74,4 +79,19 @@ def test_the_trial_runs_through_the_engine_s_own_runner(model: LoadedModel, monk
 
     monkeypatch.setattr(ModelRunner, "submit", record)
     make_trial_steps(model)
-    assert sampled == [1, 4, 4]
+    assert sampled == [1, 4, 4, 1]
+
+
+def test_the_trial_draws_in_every_way_that_differs_on_the_device(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: set[tuple[bool, bool]] = set()
+    sample = TorchKernels.sample
+
+    def record(self: TorchKernels, logits: Tensor, inputs: SamplingInputs) -> Tensor:
+        ways.add((inputs.all_greedy, inputs.any_top_k and inputs.any_top_p and inputs.any_min_p))
+        return sample(self, logits, inputs)
+
+    monkeypatch.setattr(TorchKernels, "sample", record)
+    make_trial_steps(model)
+    assert ways == {(True, False), (False, False), (False, True)}

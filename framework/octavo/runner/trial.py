@@ -39,7 +39,10 @@ def num_trial_blocks(limits: BatchLimits) -> int:
 
 
 def trial_steps(limits: BatchLimits) -> Iterator[Step]:
-    """One request with as long a prompt as a step takes; as many more as fit beside its next token; a token of all."""
+    """One request with as long a prompt as a step takes; as many more as fit beside its next token; a token of all.
+
+    Tokens are drawn in each of the ways that differ on the device, greedily in the last step.
+    """
     longest, short, num_short = _sizes(limits)
     lengths = [longest] + [short] * num_short
     names = [f"trial-{index}" for index in range(len(lengths))]
@@ -55,7 +58,10 @@ def trial_steps(limits: BatchLimits) -> Iterator[Step]:
         )
         for name, length, first, count in zip(names, lengths, firsts, counts, strict=True)
     ]
-    entering = [_new_row(name, length) for name, length in zip(names, lengths, strict=True)]
+    entering = [
+        _new_row(name, length, SamplingParams(top_p=0.9, top_k=50, min_p=0.01) if index else SamplingParams())
+        for index, (name, length) in enumerate(zip(names, lengths, strict=True))
+    ]
     yield Step(step_id=0, entering=entering[:1], rows=rows[:1])
     fits = longest < limits.max_model_len
     if num_short:
@@ -64,6 +70,9 @@ def trial_steps(limits: BatchLimits) -> Iterator[Step]:
     decodes += [_next(row, 1) for row in rows[1:] if row.num_tokens < limits.max_model_len]
     if decodes:
         yield Step(step_id=2, rows=decodes)
+    greedy = ScheduledRow(request_id="greedy", num_computed_tokens=0, num_tokens=1, new_block_ids=[0], samples=True)
+    params = SamplingParams(temperature=0.0)
+    yield Step(step_id=3, leaving=names, entering=[_new_row("greedy", 1, params)], rows=[greedy])
 
 
 def _sizes(limits: BatchLimits) -> tuple[int, int, int]:
@@ -78,9 +87,7 @@ def _blocks(num_tokens: int, limits: BatchLimits) -> int:
     return -(-min(num_tokens, limits.max_model_len) // limits.block_size)
 
 
-def _new_row(name: str, num_tokens: int) -> NewRow:
-    """Drawn as what costs most: from a softmax of which top-k and top-p leave out a part."""
-    params = SamplingParams(temperature=1.0, top_p=0.9, top_k=50)
+def _new_row(name: str, num_tokens: int, params: SamplingParams) -> NewRow:
     return NewRow(
         request_id=name, token_ids=[0] * num_tokens, num_prompt_tokens=num_tokens, params=params, seed=0, sample_index=0
     )
