@@ -132,7 +132,7 @@ def test_part_that_crashes_or_hangs_leaves_its_rows_and_those_of_the_others(
 
     monkeypatch.setattr(gpu, "worker_command", command)
     monkeypatch.setattr(gpu, "GRACE_SECONDS", -4.0)
-    run = gpu.Run(args=argparse.Namespace(quick=False), circumstances={}, path=tmp_path / "result")
+    run = gpu.Run(args=argparse.Namespace(quick=False, tiny=False), circumstances={}, path=tmp_path / "result")
     group = [gpu.Process(name=name, module="", seconds=6.0, quick_seconds=1.0) for name in programs]
     gpu.run_group(run, group, tmp_path, dict(os.environ), 100.0)
     assert len(run.rows["engine"]) == 3
@@ -143,7 +143,7 @@ def test_part_that_crashes_or_hangs_leaves_its_rows_and_those_of_the_others(
 
 
 def test_part_for_which_no_time_is_left_is_not_started(tmp_path: Path) -> None:
-    run = gpu.Run(args=argparse.Namespace(quick=False), circumstances={}, path=tmp_path / "result")
+    run = gpu.Run(args=argparse.Namespace(quick=False, tiny=False), circumstances={}, path=tmp_path / "result")
     late = gpu.Process(name="late", module="", seconds=60.0, quick_seconds=30.0)
     gpu.run_group(run, [late], tmp_path, {}, 7.0)
     assert [(line["not_run"], line["reason"]) for line in run.not_run] == [("late", "7 seconds were left")]
