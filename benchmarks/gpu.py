@@ -127,6 +127,8 @@ def main() -> None:
     if args.worker:
         work(args)
         return
+    if args.device == "cuda" and not environment.has_gpu():
+        sys.exit("This machine has no NVIDIA GPU. To try the script itself: --device cpu --tiny")
     begin = time.monotonic()
     with scratch_folder() as scratch:
         environ = child_environ(args, scratch)

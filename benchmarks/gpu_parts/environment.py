@@ -85,6 +85,11 @@ def octavo_version() -> str:
     return found[1]
 
 
+def has_gpu() -> bool:
+    """Whether there is an NVIDIA GPU with a driver."""
+    return Path("/dev/nvidiactl").exists() or bool(gpu_machine())
+
+
 def gpu_machine() -> dict[str, str]:
     """The GPU as its driver names it; empty without one."""
     names = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
