@@ -68,11 +68,12 @@ GEMMA_2 = Case(num_heads=8, num_kv_heads=4, head_dim=256, rotary_dim=256, logit_
 CASES = {
     "Llama-3-8B": LLAMA_3_8B,
     "Llama-3-8B, positions not rotated": replace(LLAMA_3_8B, rotary_dim=0),
-    "Llama-3-8B in float16, blocks of 64": replace(LLAMA_3_8B, dtype="float16", block_size=64),
+    "Llama-2-7B, no groups, in float16 in blocks of 64": replace(
+        LLAMA_3_8B, num_kv_heads=32, dtype="float16", block_size=64
+    ),
     "Llama-3-8B in float32": replace(LLAMA_3_8B, dtype="float32"),
     "Llama-3-8B, fp8": replace(LLAMA_3_8B, kv_cache_dtype="fp8"),
     "Llama-3-70B, groups of 8 in blocks of 32": replace(LLAMA_3_8B, num_heads=64, block_size=32),
-    "Llama-2-7B, no groups": replace(LLAMA_3_8B, num_kv_heads=32),
     "Qwen2-0.5B, head size 64": QWEN_2,
     "Qwen2-0.5B in float32": replace(QWEN_2, dtype="float32"),
     "Qwen2-0.5B, fp8": replace(QWEN_2, kv_cache_dtype="fp8"),
@@ -183,7 +184,7 @@ def test_no_step_compiles_a_kernel_anew() -> None:
     with compiling(90) as compiled:
         launch(CASES["Llama-3-8B"])
         before = Counter(kernel.name for kernel in compiled)
-        steps = [[(length, 1)] for length in (1, 15, 16, 17, 500)]
+        steps = [[(length, 1)] for length in (1, 15, 16, 17, 500, 1000)]
         steps += [[(0, length)] for length in (1, 2, 15, 16, 17, 33, 128, 700)]
         steps += [[(40, 1), (0, 7)], [(40, 1), (8, 1), (3, 1), (16, 33), (0, 5)], [(9, 1)] * 33]
         launch(CASES["Llama-3-8B"], steps)
