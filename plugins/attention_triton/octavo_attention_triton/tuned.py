@@ -142,17 +142,20 @@ def _paged_heuristic(bits: int, head_dim: int, fp8: bool) -> PagedConfig:
 
 def _flash_heuristic(capability: int, bits: int, head_dim: int, max_query_len: int, fp8: bool) -> FlashConfig:
     """Many queries a tile, so that each key read is used often; of 32-bit elements few, which no tensor core takes."""
+    if bits == 32:
+        return FlashConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
     itemsize = bits // 8
-    block_m = 32 if bits == 32 else 128 if head_dim <= 128 else 64
+    block_m = 128 if head_dim <= 128 else 64
     block_m = max(min(block_m, max_query_len), 16)
-    block_n = 32 if bits == 32 else 64
+    block_n = 32 if fp8 or head_dim > 128 else 64
 
     def shared_bytes() -> int:
         return block_m * head_dim * itemsize + 2 * 2 * block_n * head_dim * (1 if fp8 else itemsize)
 
     while block_n > 16 and shared_bytes() > _shared_bytes(capability):
         block_n //= 2
-    return FlashConfig(block_m=block_m, block_n=block_n, num_warps=8 if block_m == 128 else 4, num_stages=2)
+    num_warps = 8 if block_m >= 64 else 4  # whose registers hold the sums
+    return FlashConfig(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=2)
 
 
 def _shared_bytes(capability: int) -> int:
