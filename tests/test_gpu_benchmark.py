@@ -79,7 +79,7 @@ def test_result_says_on_what_and_how_it_was_made(tiny_run: Any) -> None:
 def test_machine_without_a_gpu_is_told_what_can_be_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "has_gpu", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    with pytest.raises(SystemExit, match="no NVIDIA GPU.*--device cpu --tiny"):
+    with pytest.raises(SystemExit, match=r"no NVIDIA GPU.*--device cpu --tiny"):
         gpu.main()
 
 
