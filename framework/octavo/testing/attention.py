@@ -89,11 +89,11 @@ class AttentionSuite(AttentionChecks):
 
     def test_every_block_size_that_it_accepts(self) -> None:
         for need in self.accepted(block_size=self.block_sizes()):
-            self._check_step(((15, 1), (33, 1), (0, 33), (31, 33)), need)
+            self._check_step(((15, 1), (33, 1), (0, 33), (31, 5)), need)
 
     def test_every_dtype_that_it_accepts(self) -> None:
         for need in self.accepted(dtype=DTYPES):
-            self._check_step(((33, 1), (190, 1), (0, 33), (31, 33)), need)
+            self._check_step(((33, 1), (190, 1), (0, 17), (31, 5)), need)
 
     def test_scale_is_the_one_that_was_given(self) -> None:
         need = self.need()
@@ -144,7 +144,7 @@ class AttentionSuite(AttentionChecks):
 
     def test_request_alone_equals_the_request_in_a_batch(self) -> None:
         need = self.need()
-        scene, batch = self.set_up(((1, 1), (33, 1), (190, 1), (0, 17), (31, 33)), need)
+        scene, batch = self.set_up(((1, 1), (33, 1), (190, 1), (0, 17), (31, 5)), need)
         together = scene.step(batch)
         for row in batch.rows:
             alone = scene.step(scene.batch([row]))
@@ -178,19 +178,20 @@ class AttentionSuite(AttentionChecks):
         self.check(need, scene.step(replace(batch, layout=replace(layout, block_table=table))), batch)
 
     def test_rotates_queries_and_keys_in_the_same_pass(self) -> None:
-        for need in self.accepted(dtype=DTYPES[:2], head_dim=self.head_sizes()[:2]):
-            for rotary_dim in (need.head_dim, need.head_dim // 2):
-                scene, batch = self.set_up(((17, 1), (33, 1), (0, 17), (5, 3)), need)
-                rotary, planned = scene.rotary(batch, rotary_dim), batch.in_one_tensor()
-                scene.plan(planned)
-                output, turned = scene.rotate_and_forward(planned, rotary), batch.rotated(rotary)
-                self.check(need, output, turned, by=f"it, rotating the first {rotary_dim} elements of a head,")
-                after = scene.batch([row.next(1 if "decode" in need.features else 3) for row in turned.rows])
-                self.check(need, scene.step(after), after, by="a step over the keys that it rotated")
+        whole = [(need, need.head_dim) for need in self.accepted(dtype=DTYPES[:2])]
+        part = [(need, need.head_dim // 2) for need in self.accepted(head_dim=self.head_sizes()[:2])]
+        for need, rotary_dim in whole + part:
+            scene, batch = self.set_up(((17, 1), (33, 1), (0, 17), (5, 3)), need)
+            rotary, planned = scene.rotary(batch, rotary_dim), batch.in_one_tensor()
+            scene.plan(planned)
+            output, turned = scene.rotate_and_forward(planned, rotary), batch.rotated(rotary)
+            self.check(need, output, turned, by=f"it, rotating the first {rotary_dim} elements of a head,")
+            after = scene.batch([row.next(1 if "decode" in need.features else 3) for row in turned.rows])
+            self.check(need, scene.step(after), after, by="a step over the keys that it rotated")
 
     def test_requests_that_are_padding_get_something_finite_and_change_nothing(self) -> None:
         need = self.need()
-        for host_seq_len in (0, 3, 2 * need.block_size + 2):
+        for host_seq_len in (0, 2 * need.block_size + 2):
             scene, batch = self.set_up(((3, 1), (16, 1), (33, 1), (0, 5)), need)
             padded = batch.with_padding_requests(3, host_seq_len) if "decode" in need.features else batch
             before, real = tuple(buffer.clone() for buffer in scene.cache), padded.layout.slot_mapping != PAD_SLOT
@@ -304,7 +305,7 @@ class AttentionSuite(AttentionChecks):
                         check_fp8(getattr(stored.request, name), wanted, f"{name}s of {row}")
 
     def test_attention_over_an_fp8_cache_equals_the_formula_over_what_it_holds(self) -> None:
-        for need in self.needs_with("fp8_kv_cache", kv_cache_dtype=["fp8"], dtype=DTYPES):
+        for need in self.needs_with("fp8_kv_cache", kv_cache_dtype=["fp8"], dtype=DTYPES[:2]):
             scene, batch = self.set_up(self.shapes.everything, need)
             output = scene.step(batch)
             self.check(need, output, batch, allowed=FP8_LOSS, by="it, over an fp8 cache,")
@@ -321,18 +322,23 @@ class AttentionSuite(AttentionChecks):
         self.check(need, scene.step(batch, SplitAttention(prefill, decode)), batch)
 
     def test_other_backends_of_its_layout_read_what_it_writes(self) -> None:
-        need = self.need()
-        for phase, num_tokens in (("decode", 1), ("prefill", 3)):
-            its_need = replace(need, features=frozenset({phase}))
-            for partner in self.partners(its_need):
-                other = build_partner(partner, its_need)
-                assert other.kv_layout() == self.make(need).kv_layout(), (
-                    f"{partner.full_name} has a KV layout of this name and makes it differently"
-                )
-                scene, batch = self.set_up(((15, 1), (31, 1), (0, 20), (0, 33)), need)
-                scene.step(batch)
-                batch = scene.batch([row.next(num_tokens) for row in batch.rows])
-                self.check(need, scene.step(batch, other), batch, by=f"{partner.full_name}, reading what it wrote,")
+        for need in [self.need(), *self.needs_with("fp8_kv_cache", kv_cache_dtype=["fp8"])]:
+            for phase, num_tokens in (("decode", 1), ("prefill", 3)):
+                its_need = replace(need, features=need.features - PHASES | {phase})
+                for partner in self.partners(its_need):
+                    other = build_partner(partner, its_need)
+                    assert other.kv_layout() == self.make(need).kv_layout(), (
+                        f"{partner.full_name} has a KV layout of this name and makes it differently"
+                    )
+                    scene, batch = self.set_up(((15, 1), (31, 1), (0, 20)), need)
+                    scene.step(batch)
+                    batch = scene.batch([row.next(num_tokens) for row in batch.rows])
+                    output, by = scene.step(batch, other), f"{partner.full_name}, reading what it wrote,"
+                    if need.kv_cache_dtype == "auto":
+                        self.check(need, output, batch, by=by)
+                    else:
+                        allowed = self.fp8_tolerances[str(need.dtype)]
+                        self.check(need, output, scene.as_stored(batch), allowed=allowed, by=by)
 
     def _check_step(self, lengths: Sequence[tuple[int, int]], need: AttentionNeed | None = None) -> None:
         need = need or self.need()
