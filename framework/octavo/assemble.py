@@ -58,7 +58,7 @@ def assemble(config: EngineConfig) -> Assembly:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         assembly = Assembly(
-            engine=Engine(scheduler, executor, _max_steps_in_flight(manifest), failures),
+            engine=Engine(scheduler, executor, selection.max_steps_in_flight, failures),
             tokenizer=tokenizer,
             inputs=InputProcessor(
                 tokenizer, selection.files.model_config, max_model_len, config.seed, config.max_logprobs
@@ -96,16 +96,6 @@ def _served_model_len(config: EngineConfig, manifest: Manifest, report: Executor
             manifest.max_model_len,
         )
     return min(capacity, manifest.max_model_len)
-
-
-def _max_steps_in_flight(manifest: Manifest) -> int:
-    """What the user said, or as many as keep the device busy: a CPU computes a step while it is submitted.
-
-    Guesses of a proposer are only verified when no step is in flight.
-    """
-    if manifest.config.max_steps_in_flight is not None:
-        return manifest.config.max_steps_in_flight
-    return 2 if manifest.device == "cuda" and "proposer" not in manifest.components else 1
 
 
 def _log_start(manifest: Manifest, report: ExecutorReport, seconds: float) -> None:

@@ -181,7 +181,8 @@ def _candidate(one: Candidate, socket: str) -> ExplainedCandidate:
 
 def _effective(selection: Selection, settings: Settings) -> Iterator[EffectiveSetting]:
     """Every setting, "auto" replaced by what it came to; the components' own options after their component."""
-    found = {"device": selection.device, "dtype": selection.dtype, "max_model_len": selection.max_model_len}
+    names = ("device", "dtype", "max_model_len", "max_steps_in_flight")
+    found = {name: getattr(selection, name) for name in names}
     components = _wishes(selection)
     for name in type(selection.config).model_fields:
         value: object = getattr(selection.config, name)

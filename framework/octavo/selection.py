@@ -63,6 +63,16 @@ class Selection:
     logits_rules: Choices
     draft_model: Selection | None
 
+    @property
+    def max_steps_in_flight(self) -> int:
+        """What the user said, or as many as keep the device busy: a CPU computes a step while it is submitted.
+
+        Guesses of a proposer are only verified when no other step is in flight.
+        """
+        if self.config.max_steps_in_flight is not None:
+            return self.config.max_steps_in_flight
+        return 2 if self.device == "cuda" and "proposer" not in self.choices else 1
+
     def manifest(self) -> Manifest:
         """What to build.
 
