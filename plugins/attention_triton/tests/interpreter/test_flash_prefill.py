@@ -101,7 +101,7 @@ def test_equals_the_formula_whatever_the_tile(heads: tuple[int, int], tile: tupl
 
 
 @pytest.mark.parametrize("tile", TILES[:2], ids=str)
-@pytest.mark.parametrize("window", [1, 16, 17, 40])
+@pytest.mark.parametrize("window", [1, 16, 17, 35, 40])
 def test_window_shows_the_last_tokens_and_no_other(window: int, tile: tuple[int, int]) -> None:
     parameters = AttentionParameters(scale=0.125, sliding_window=window)
     check(*make_step(make_need((4, 1)), MIXED), parameters, tile)

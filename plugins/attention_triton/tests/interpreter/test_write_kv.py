@@ -30,13 +30,14 @@ SIZES = [  # (head_dim, rotary_dim)
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step's tensors, slices of one stacked linear's output, and where they go."""
+    """One step's tensors, slices of one stacked linear's output, and where they go: the cache, but for its borders."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     rotary: tuple[Tensor, Tensor]
     kv_cache: KVCache
+    with_borders: KVCache
     slot_mapping: Tensor
 
     def run(self) -> Tensor:
@@ -84,8 +85,8 @@ def make_step(
     parts = torch.split(stacked, [count * head_dim for count in heads], dim=1)
     query, key, value = (part.view(num_tokens, -1, head_dim) for part in parts)
     angles = torch.rand(num_tokens, 1, rotary_dim // 2, generator=generator) * 2 * math.pi
-    kv_cache = nhd_layout(need).allocate(NUM_BLOCKS, "cpu")
-    for buffer in kv_cache:
+    with_borders = nhd_layout(need).allocate(NUM_BLOCKS + 2, "cpu")  # PAD_SLOT taken for a slot leads before the first
+    for buffer in with_borders:
         buffer.copy_(torch.full((), math.nan))
     slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=generator)[:num_tokens]
     slots[list(padded)] = PAD_SLOT
@@ -97,7 +98,8 @@ def make_step(
             torch.cat((angles.cos(), angles.cos()), dim=-1).to(torch_dtype),
             torch.cat((-angles.sin(), angles.sin()), dim=-1).to(torch_dtype),
         ),
-        kv_cache=kv_cache,
+        kv_cache=tuple(buffer[1:-1] for buffer in with_borders),
+        with_borders=with_borders,
         slot_mapping=slots,
     )
 
@@ -147,10 +149,10 @@ def test_without_rotation_keys_are_written_as_they_are() -> None:
 def test_slots_of_nobody_stay_as_they_are(kv_cache_dtype: str) -> None:
     step = make_step(num_tokens=9, padded=(0, 4, 8), kv_cache_dtype=kv_cache_dtype)
     step.run()
-    for buffer in step.kv_cache:
+    for buffer in step.with_borders:
         untouched = buffer.flatten(0, 1).float().isnan().flatten(1).all(dim=1)
-        assert int(untouched.sum()) == NUM_BLOCKS * BLOCK_SIZE - 6
-        assert not untouched[step.slot_mapping[step.written]].any()
+        assert int(untouched.sum()) == (NUM_BLOCKS + 2) * BLOCK_SIZE - 6
+        assert not untouched[BLOCK_SIZE + step.slot_mapping[step.written]].any()
 
 
 def test_token_that_is_not_written_is_rotated_all_the_same() -> None:
