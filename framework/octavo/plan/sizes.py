@@ -114,8 +114,9 @@ class Sizer:
         heads, kv_heads = heads_of_one_rank(model_config.num_heads, model_config.num_kv_heads, num_ranks)
         need = replace(self._selection.attention_need, num_heads=heads, num_kv_heads=kv_heads)
         layout = build_attention(*self._attention, need).kv_layout()
-        lora_features = sum(part.shape_of_one.in_features + part.shape_of_one.out_features for part in factory.linears)
-        widest = max(max(part.shape_of_one.in_features, part.shape_of_one.out_features) for part in factory.linears)
+        shapes = [part.shape_of_one for part in factory.linears]
+        widest = max((max(shape.in_features, shape.out_features) for shape in shapes), default=0)
+        lora_features = sum(shape.in_features + shape.out_features for shape in shapes)
         whole_bytes = sum(one.num_bytes for several in loader.expected.values() for one in several)
         return RankSizes(
             num_ranks=num_ranks,
