@@ -184,3 +184,11 @@ def test_after_shutdown_the_engine_takes_no_prompts(llm: LLM) -> None:
     llm.shutdown()
     with pytest.raises(EngineDeadError, match="it was shut down"):
         llm.generate(PROMPT)
+
+
+def test_start_report_says_what_was_taken_and_how_long_each_phase_was(folder: Path) -> None:
+    with LLM(str(folder), **SETTINGS) as llm:
+        report = llm.start_report
+        assert report.num_blocks == llm.stats().num_blocks
+        assert report.weight_bytes > 0
+        assert [name for name, _ in report.phases] == ["build model", "load weights", "allocate KV cache"]

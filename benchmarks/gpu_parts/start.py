@@ -11,7 +11,7 @@ from octavo import LLM
 def report_start(part: Part, llm: LLM, what: str, begin: float, target_seconds: float | None = None) -> None:
     """Add the row of a start that began at `begin`, seconds of `time.monotonic()`; imports are done by then."""
     seconds = time.monotonic() - begin
-    report = llm._assembly.report  # no public way leads to it
+    report = llm.start_report
     part.add(
         "start",
         what=what,

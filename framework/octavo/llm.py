@@ -21,6 +21,7 @@ from octavo.engine.stats import EngineStats
 from octavo.errors import RequestError
 from octavo.explanation import Explanation, explain_selection
 from octavo.input_processor import Prompt, default_sampling_params
+from octavo.interfaces.executor import ExecutorReport
 from octavo.interfaces.manifest import Manifest
 from octavo.outputs import RequestOutput
 from octavo.progress import MakeBar, generation_bar
@@ -178,6 +179,11 @@ class LLM:
     def stats(self) -> EngineStats:
         """How the engine stands, and what it has done since start."""
         return self.engine.stats()
+
+    @property
+    def start_report(self) -> ExecutorReport:
+        """What start-up found: KV blocks, bytes of weights and KV cache, seconds of each phase."""
+        return self._assembly.report
 
     @property
     def manifest(self) -> Manifest:
