@@ -9,7 +9,7 @@ A file configs/sm_<capability>.json holds
     gpu                 the GPU they were measured on, null when they were not
     versions, date      of that measurement
     multiprocessors     of that GPU, or of one of its architecture
-    kernels             kernel name -> list of {"when": case, "config": tile sizes}
+    kernels             kernel name -> list of {"when": case, "config": tile sizes}; with "microseconds" it was measured
 
 A case is made of numbers: bits (of an activation), kv_bits (of a cached element), head_dim (as a tile holds it: the
 next power of two), and what else the kernel's configuration depends on.
@@ -83,7 +83,8 @@ def flash_config(capability: int, dtype: torch.dtype, head_dim: int, max_query_l
 
     Args:
         dtype: of queries. fp8: whether the cache holds 8-bit elements.
-        max_query_len: tokens of the longest request of the step; rounded up to a power of two.
+        max_query_len: rows of the step's longest request, its tokens times the query heads that share a KV head;
+            rounded up to a power of two.
     """
     return _flash_config(capability, dtype.itemsize * 8, head_dim, max(max_query_len - 1, 0).bit_length(), fp8)
 
@@ -110,7 +111,7 @@ def nearest(entries: list[Mapping[str, Any]], case: Mapping[str, int]) -> Mappin
 
     def fits(when: Mapping[str, int]) -> bool:
         same = all(when[name] == case[name] for name in _EXACT if name in when)
-        return same and when.get("head_dim", case["head_dim"]) >= case["head_dim"]
+        return same and ("head_dim" not in when or when["head_dim"] >= case["head_dim"])
 
     def distance(when: Mapping[str, int]) -> float:
         return sum(abs(math.log2(when[name]) - math.log2(case[name])) for name in when if name not in _EXACT)
