@@ -1,4 +1,3 @@
-# ruff: noqa: N803
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """Prefill: many query tokens of each request over its whole context in pages, in one launch for the step."""
 

@@ -1,4 +1,3 @@
-# ruff: noqa: N803
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """Rotates queries and keys and writes keys and values to the paged cache, in one launch.
 
