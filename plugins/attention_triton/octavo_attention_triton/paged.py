@@ -75,7 +75,8 @@ class TritonPaged(AttentionBackend):
         num_programs = _PROGRAMS_EACH * num_multiprocessors(capability, device)
         rows = torch.arange(max(limits.max_num_tokens, limits.max_num_requests), dtype=torch.int32, device=device)
         # Chosen by the number of rows, they stay under twice the programs wanted; asked for, they are for decodes.
-        max_splits, capacity = min(-(-num_programs // need.num_kv_heads), MAX_SPLITS), 2 * num_programs
+        # A power of two, for a merge's tile is one.
+        max_splits, capacity = min(_power_of_two(num_programs // need.num_kv_heads), MAX_SPLITS), 2 * num_programs
         if self._options.num_kv_splits is not None:
             max_splits = self._options.num_kv_splits
             capacity = limits.max_num_requests * need.num_kv_heads * max_splits
@@ -141,10 +142,17 @@ class TritonPaged(AttentionBackend):
 
     def _num_splits(self, layout: BatchLayout, state: _State) -> int:
         """As many as fill the GPU, or as asked for; no more than there are tiles, or room for their states."""
-        wanted = self._options.num_kv_splits or -(-state.num_programs // (layout.num_tokens * self.need.num_kv_heads))
+        num_programs = layout.num_tokens * self.need.num_kv_heads  # without splits
+        # The nearest: where they nearly fill it, splitting costs more than it fills.
+        wanted = self._options.num_kv_splits or (state.num_programs + num_programs // 2) // num_programs
         num_tiles = -(-layout.max_seq_len // state.config.block_n)
         room = len(state.splits.max) // (layout.num_tokens * self.need.num_heads)
         return max(min(wanted, num_tiles, state.splits.max_splits, room), 1)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not greater; 1 of less than that."""
+    return 1 << max(number.bit_length() - 1, 0)
 
 
 def _attend(query: Tensor, kv_cache: KVCache, state: _State, parameters: AttentionParameters) -> Tensor:

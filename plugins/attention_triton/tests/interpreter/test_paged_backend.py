@@ -66,7 +66,7 @@ def test_rows_without_room_for_their_splits_are_not_cut() -> None:
 @pytest.mark.parametrize("num_rows", range(1, 9))
 def test_splits_that_are_chosen_have_room(num_rows: int) -> None:
     state = planned(backend(), batch(*[(250, 1)] * num_rows))
-    assert state.num_splits == min(-(-8 // num_rows), 4)
+    assert state.num_splits == min(round(8 / num_rows), 4)
     assert num_rows * NEED.num_heads * state.num_splits <= len(state.splits.max)
 
 
