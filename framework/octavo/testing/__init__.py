@@ -1,4 +1,4 @@
-"""The conformance kit: one suite class for each socket, for the authors of plugins. Imported with pytest only.
+"""The conformance kit: one suite class for each socket, for the authors of plugins.
 
     from octavo.testing import AttentionSuite
 
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
-
 from octavo._lazy import lazy_getattr
+
+try:
+    import pytest
+except ModuleNotFoundError:  # Triton kernels are compiled without it, too
+    pytest = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from octavo.testing.attention import AttentionSuite as AttentionSuite
@@ -43,7 +46,8 @@ _MODULES = {
 }
 
 # A failed assert of a suite shows its values, as one in the author's own test file does. Before anything imports them.
-pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
+if pytest is not None:
+    pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _MODULES))
 
 if not TYPE_CHECKING:  # type checkers read the imports above, and so find a misspelt name
     __getattr__, __all__ = lazy_getattr(__name__, _MODULES)
