@@ -1,4 +1,3 @@
-# ruff: noqa: N803
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """SiLU or GELU of the gate, times the other half."""
 
