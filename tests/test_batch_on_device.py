@@ -89,6 +89,12 @@ def test_a_step_with_a_prefill_is_not_padded() -> None:
     assert inputs.layout.num_tokens == 2
 
 
+def test_a_step_is_not_padded_to_a_size_that_is_far_too_large() -> None:
+    batch = padded_batch(Sequence(request_id="a", token_ids=[1, 2], num_prompt_tokens=2, block_ids=[5]))
+    batch.graph_sizes = (5,)
+    assert updated_inputs(batch, decode("a", 1)).graph_size is None
+
+
 def test_the_tensors_of_padded_steps_lie_where_they_lay() -> None:
     batch = padded_batch(
         Sequence(request_id="a", token_ids=[1, 2], num_prompt_tokens=2, block_ids=[5]),

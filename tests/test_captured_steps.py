@@ -17,6 +17,7 @@ from tiny_model import write_tiny_llama
 from torch import Tensor
 
 from octavo import LLM, RequestOutput, SamplingParams
+from octavo.builtin.llama import Llama
 from octavo.builtin.torch_attention import TorchAttention
 from octavo.runner import graphs, worker
 from octavo.runner.graphs import DecodeGraphs, Forward, graph_plan, graph_sizes
@@ -126,6 +127,15 @@ def test_a_backend_that_cannot_be_captured_is_not(
     replayed: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TorchAttention, "graph_mode", "none")
+    with LLM(str(folder), dtype="float32", max_num_seqs=8) as llm:
+        llm.generate(PROMPTS[:3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
+    assert replayed == []
+
+
+def test_a_model_that_cannot_be_captured_is_not(
+    replayed: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Llama, "can_be_captured", False)
     with LLM(str(folder), dtype="float32", max_num_seqs=8) as llm:
         llm.generate(PROMPTS[:3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
     assert replayed == []

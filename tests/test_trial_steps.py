@@ -16,6 +16,7 @@ from octavo.interfaces import BatchLimits, SamplingInputs, Step
 from octavo.runner.loaded_model import LoadedModel, load_model
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.trial import make_trial_steps, num_trial_blocks, trial_steps
+from octavo.sampling_params import SamplingParams
 from octavo.selection import select
 
 limits = st.builds(
@@ -32,7 +33,7 @@ limits = st.builds(
 def test_no_step_of_the_trial_goes_beyond_the_limits(limits: BatchLimits) -> None:
     blocks: dict[str, list[int]] = {}
     running: set[str] = set()
-    for step in trial_steps(limits):
+    for step in trial_steps(limits, SamplingParams()):
         for request_id in step.leaving:
             running.remove(request_id)
             del blocks[request_id]
@@ -51,13 +52,13 @@ def test_no_step_of_the_trial_goes_beyond_the_limits(limits: BatchLimits) -> Non
 
 @given(limits)
 def test_one_step_of_the_trial_has_as_long_a_prompt_as_there_can_be(limits: BatchLimits) -> None:
-    longest = max(row.num_tokens for step in trial_steps(limits) for row in step.rows)
+    longest = max(row.num_tokens for step in trial_steps(limits, SamplingParams()) for row in step.rows)
     assert longest == min(limits.max_num_tokens, limits.max_model_len)
 
 
 @given(limits)
 def test_one_step_of_the_trial_samples_for_as_many_requests_as_there_can_be(limits: BatchLimits) -> None:
-    most = max(sum(row.samples for row in step.rows) for step in trial_steps(limits))
+    most = max(sum(row.samples for row in step.rows) for step in trial_steps(limits, SamplingParams()))
     assert most >= min(limits.max_num_requests, limits.max_num_tokens) - 1
 
 
@@ -79,7 +80,7 @@ def test_the_trial_runs_through_the_engine_s_own_runner(model: LoadedModel, monk
 
     monkeypatch.setattr(ModelRunner, "submit", record)
     make_trial_steps(model)
-    assert sampled == [1, 4, 4, 1]
+    assert sampled == [1, 4, 4, 1, 1, 1, 1, 1, 1] * 2
 
 
 def test_the_trial_draws_in_every_way_that_differs_on_the_device(

@@ -22,7 +22,7 @@ KINDS = (
     ("matrix products", ("gemm", "cutlass", "cublas", "nvjet", "splitk", "matmul")),
     ("attention", ("attention", "flash", "paged", "decode_kernel", "merge_splits", "write_kv", "fmha")),
     ("norms and activations", ("rms_norm", "gated", "silu")),
-    ("sampling", ("sample", "argmax", "gumbel", "top_k", "top_p", "sort", "reduce")),
+    ("sampling", ("sample", "top_threshold", "argmax", "gumbel", "top_k", "top_p", "sort", "reduce")),
     ("copies", ("memcpy", "memset", "copy")),
 )
 
@@ -44,10 +44,13 @@ class ProfiledSteps:
             return
         self._num_decodes += 1
         if self._num_decodes == self._skip:
+            if self._on_gpu:
+                torch.cuda.synchronize()  # an earlier step may still be running
             self._profile.start()
             self._running = True
         elif self._num_decodes == self._skip + self._count:
             self.stop()
+            self.done = True
 
     def stop(self) -> None:
         """Also when the run ended before enough steps were seen."""
@@ -55,7 +58,7 @@ class ProfiledSteps:
             if self._on_gpu:
                 torch.cuda.synchronize()
             self._profile.stop()
-            self._running, self.done = False, True
+            self._running = False
 
     def events(self, scratch: Path) -> list[dict[str, Any]]:
         """Every complete event of the trace: name, cat, ts and dur in microseconds."""
@@ -72,7 +75,11 @@ def profile_decode(part: Part, llm: LLM, prompts: list[list[int]]) -> None:
     skip, count = part.choose((8, 20), (8, 20), (1, 2))
     listener = ProfiledSteps(batch, skip, count, part.on_gpu)
     llm.engine.step_listeners.append(listener)
-    params = SamplingParams(temperature=0.0, max_tokens=skip + count + 3, ignore_eos=True, detokenize=False)
+    # The first to be prefilled decode beside the prefills of the others: all must last until all decode.
+    budget = llm.manifest.config.max_num_batched_tokens
+    num_prefills = -(-sum(map(len, prompts)) // max(budget - batch, 1)) + 2
+    max_tokens = num_prefills + skip + count + 3
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     try:
         llm.generate(prompts, params)
     finally:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.interfaces.executor import NewRow
 from octavo.interfaces.logits_rule import LogitsRule, RuleLimits
+from octavo.runner.transfer import to_device
 from octavo.sampling_params import SamplingParams
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -43,7 +44,7 @@ class AllowedTokens(LogitsRule):
         del self._forbidden[row]
 
     def apply(self, logits: Tensor, indices: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> None:
-        chosen = torch.tensor(indices, device=logits.device)
+        chosen = to_device(np.array(indices), logits.device)
         forbidden = torch.stack([self._forbidden[row] for row in rows])
         logits[chosen] = logits[chosen].masked_fill_(forbidden, _FORBIDDEN)
 
@@ -132,7 +133,7 @@ class LogitBias(LogitsRule):
     def apply(self, logits: Tensor, indices: Sequence[int], rows: Sequence[int], positions: Sequence[int]) -> None:
         token_ids, added = zip(*(self._biases[row] for row in rows), strict=True)
         cells = _cells(logits, indices, token_ids)
-        logits[cells] += torch.from_numpy(np.concatenate(added)).to(logits.device)
+        logits[cells] += to_device(np.concatenate(added), logits.device)
 
 
 class Penalties(LogitsRule):
@@ -173,8 +174,8 @@ class Penalties(LogitsRule):
             np.repeat(np.array([getattr(one.params, name) for one in seen], np.float32), list(map(len, token_ids)))
             for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
         )
-        factor = torch.from_numpy(repetition).to(logits.device)
-        less = torch.from_numpy(frequency * counts + presence * (counts > 0)).to(logits.device)
+        factor = to_device(repetition, logits.device)
+        less = to_device(frequency * counts + presence * (counts > 0), logits.device)
         values = logits[cells]
         logits[cells] = torch.where(values > 0, values / factor, values * factor) - less
 
@@ -213,11 +214,11 @@ class _SeenTokens:
 def _forbid(logits: Tensor, indices: Sequence[int], token_ids: Sequence[int]) -> None:
     """logits[indices[i], token_ids[i]] = -inf, for all i."""
     if indices:
-        logits[torch.tensor([indices, token_ids], device=logits.device).unbind()] = _FORBIDDEN
+        logits[to_device(np.array([indices, token_ids]), logits.device).unbind()] = _FORBIDDEN
 
 
 def _cells(logits: Tensor, indices: Sequence[int], token_ids: Sequence[Array]) -> tuple[Tensor, Tensor]:
     """What `logits` is indexed with to get, one after another, the logits of `token_ids[i]` at `indices[i]`."""
     where = np.repeat(np.array(indices, np.int64), list(map(len, token_ids)))
-    cells = torch.from_numpy(np.stack((where, np.concatenate(token_ids)))).to(logits.device)
+    cells = to_device(np.stack((where, np.concatenate(token_ids))), logits.device)
     return cells[0], cells[1]

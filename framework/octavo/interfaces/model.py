@@ -160,8 +160,14 @@ class LayerFactory(ABC):
 
 
 class ModelArchitecture(ABC):
-    """Built from a factory: `embed`, `layers` and `head` only, so that each can be built where its rank needs it."""
+    """Built from a factory: `embed`, `layers` and `head` only, so that each can be built where its rank needs it.
 
+    Attributes:
+        can_be_captured: whether a CUDA graph can capture `embed` and `layers`: they neither wait for the device nor
+            choose by what is on it.
+    """
+
+    can_be_captured: bool = True
     embed: Unary
     layers: Sequence[DecoderLayer]
 

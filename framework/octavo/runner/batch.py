@@ -21,6 +21,7 @@ from octavo.runner.transfer import Array, StepTransfer
 
 _MAX_INT32 = 2**31 - 1
 _MOST_BYTES_PER_ROW = 256  # of a step's arrays, the block table apart
+_MOST_PADDING = 4  # times as many requests as there are: sizes may have been left out
 _KNOWN = -1  # a token's source when it is known on the host
 
 
@@ -217,7 +218,9 @@ class PersistentBatch:
 
     def _graph_size(self, num_requests: int) -> int | None:
         index = bisect_left(self.graph_sizes, num_requests)
-        return self.graph_sizes[index] if index < len(self.graph_sizes) else None
+        if index == len(self.graph_sizes) or self.graph_sizes[index] > _MOST_PADDING * num_requests:
+            return None
+        return self.graph_sizes[index]
 
     def _fixed_layout(self, device: Mapping[str, Tensor], graph_size: int) -> BatchLayout:
         """Of a padded step of decodes; its host sizes hold for every step of the size."""

@@ -71,10 +71,10 @@ class LoadedModel:
         kv_caches = [layout.allocate(num_blocks, device) for _ in range(self.config.num_layers)]
         return self._runner(kv_caches, rules, drafter, graph_plan)
 
-    def make_trial_runner(self, num_blocks: int) -> ModelRunner:
+    def make_trial_runner(self, num_blocks: int, rules: Sequence[LogitsRule] = ()) -> ModelRunner:
         """A runner that computes as the real one does, but in blocks that all layers share: its tokens mean nothing."""
         kv_cache = self.attention.kv_layout().allocate(num_blocks, self.manifest.device)
-        return self._runner([kv_cache] * self.config.num_layers)
+        return self._runner([kv_cache] * self.config.num_layers, rules)
 
     def _runner(
         self,

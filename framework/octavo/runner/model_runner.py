@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from octavo.runner.graphs import DecodeGraphs, Forward, GraphPlan
 from octavo.runner.logprobs import LogprobTensors, chunks, token_logprobs
 from octavo.runner.rules import RuleSet
 from octavo.runner.step_inputs import PromptTargets, Samples, StepInputs
-from octavo.runner.transfer import Moment, to_host
+from octavo.runner.transfer import Moment, to_device, to_host
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +46,7 @@ class StepInFlight:
     samples: Samples | None = None
     drawn: Tensor | None = None
     token_ids: dict[str, list[int]] | None = None
-    logprobs: tuple[list[str], LogprobTensors] | None = None
+    logprobs: tuple[list[str], list[LogprobTensors]] | None = None
     prompt_logprobs: dict[str, list[LogprobTensors]] = field(default_factory=dict)
 
 
@@ -80,7 +81,7 @@ class ModelRunner:
         self._in_flight: deque[StepInFlight] = deque()  # those whose tokens are not known here
         self._last_sampled = torch.zeros(limits.max_num_requests, dtype=torch.int64, device=limits.device)  # by row
         self._graphs = None
-        if graph_plan is not None and attention.graph_mode == "decode":
+        if graph_plan is not None and attention.graph_mode == "decode" and model.can_be_captured:
             self._graphs = DecodeGraphs(graph_plan)
         self._batch = PersistentBatch(limits, self._graphs.max_size if self._graphs is not None else 0)
 
@@ -169,14 +170,15 @@ class ModelRunner:
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         if not copies:
             return
-        device = self._limits.device
-        sources = torch.tensor([copy.source for copy in copies], device=device)
-        targets = torch.tensor([copy.target for copy in copies], device=device)
+        pairs = np.array([[copy.source for copy in copies], [copy.target for copy in copies]])
+        sources, targets = to_device(pairs, self._limits.device).unbind()
         for kv_cache in self._kv_caches:
             for buffer in kv_cache:
                 buffer[targets] = buffer[sources]
 
-    def _logprobs(self, samples: Samples, logits: Tensor, sampled: Tensor) -> tuple[list[str], LogprobTensors] | None:
+    def _logprobs(
+        self, samples: Samples, logits: Tensor, sampled: Tensor
+    ) -> tuple[list[str], list[LogprobTensors]] | None:
         """Of the requests that ask for them."""
         if not self._batch.any_logprobs:
             return None
@@ -185,7 +187,10 @@ class ModelRunner:
         if not indices:
             return None
         counts = [count for _, count in wanted if count is not None]
-        tensors = token_logprobs(logits[indices], sampled[indices], counts)
+        tensors = []
+        for rows in chunks(len(indices)):
+            chosen = to_device(np.array(indices[rows]), logits.device)
+            tensors.append(token_logprobs(logits[chosen], sampled[chosen], counts[rows]))
         return [samples.request_ids[index] for index in indices], tensors
 
     def _prompt_logprobs(self, targets: PromptTargets, hidden: Tensor, residual: Tensor) -> list[LogprobTensors]:
@@ -193,7 +198,7 @@ class ModelRunner:
         for rows in chunks(len(targets.token_ids)):
             span = slice(targets.first + rows.start, targets.first + rows.stop)
             logits = self._model.head(hidden[span], residual[span])
-            token_ids = torch.from_numpy(targets.token_ids[rows]).to(logits.device)
+            token_ids = to_device(targets.token_ids[rows], logits.device)
             logprobs.append(token_logprobs(logits, token_ids, [targets.num_logprobs] * (rows.stop - rows.start)))
         return logprobs
 
@@ -252,11 +257,11 @@ def _kept(samples: Samples, token_ids: Sequence[int]) -> dict[str, list[int]]:
 
 
 def _by_request(
-    request_ids: Sequence[str], tensors: LogprobTensors, token_ids: Mapping[str, list[int]]
+    request_ids: Sequence[str], parts: Sequence[LogprobTensors], token_ids: Mapping[str, list[int]]
 ) -> dict[str, list[TokenLogprobs]]:
     """Of the kept samples; drafts that were not kept have none."""
     logprobs: dict[str, list[TokenLogprobs]] = {}
-    for request_id, one in zip(request_ids, tensors.read(), strict=True):
+    for request_id, one in zip(request_ids, (one for part in parts for one in part.read()), strict=True):
         of_request = logprobs.setdefault(request_id, [])
         if len(of_request) < len(token_ids[request_id]):
             of_request.append(one)

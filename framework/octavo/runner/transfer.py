@@ -55,6 +55,14 @@ class StepTransfer:
         }
 
 
+def to_device(array: Array, device: torch.device | str) -> Tensor:
+    """The array as a tensor on the device, on its way there without anyone waiting; a CPU's shares its memory."""
+    host = torch.from_numpy(array)
+    if torch.device(device).type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host that is complete once the device has done what was asked of it so far; a CPU's is itself."""
     if tensor.device.type == "cpu":

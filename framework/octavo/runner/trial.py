@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from octavo.interfaces.attention import BatchLimits
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step
+from octavo.interfaces.logits_rule import LogitsRule
 from octavo.runner.loaded_model import LoadedModel
 from octavo.sampling_params import SamplingParams
 
 
-def activation_bytes(model: LoadedModel) -> int:
+def activation_bytes(model: LoadedModel, rules: Sequence[LogitsRule] = ()) -> int:
     """Memory of a GPU that steps take beside weights and KV cache: measured, by making the largest."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     num_blocks = num_trial_blocks(model.limits)
-    make_trial_steps(model)
+    make_trial_steps(model, rules)
     torch.cuda.synchronize()
     cache_bytes = num_blocks * model.attention.kv_layout().bytes_per_block
     peak = torch.cuda.max_memory_allocated() - before - cache_bytes
@@ -25,11 +27,12 @@ def activation_bytes(model: LoadedModel) -> int:
     return max(0, peak)
 
 
-def make_trial_steps(model: LoadedModel) -> None:
-    """The largest steps of each kind: a long prompt, many short ones beside a decode, decodes alone."""
-    runner = model.make_trial_runner(num_trial_blocks(model.limits))
-    for step in trial_steps(model.limits):
-        runner.execute(step)
+def make_trial_steps(model: LoadedModel, rules: Sequence[LogitsRule] = ()) -> None:
+    """The largest steps of each kind, and again with what rules and logprobs add to them."""
+    for asked in (SamplingParams(), SamplingParams(logit_bias={0: 0.0}, logprobs=1)):
+        runner = model.make_trial_runner(num_trial_blocks(model.limits), rules)
+        for step in trial_steps(model.limits, asked):
+            runner.execute(step)
 
 
 def num_trial_blocks(limits: BatchLimits) -> int:
@@ -38,11 +41,16 @@ def num_trial_blocks(limits: BatchLimits) -> int:
     return _blocks(longest + 2, limits) + num_short * _blocks(short + 1, limits)
 
 
-def trial_steps(limits: BatchLimits) -> Iterator[Step]:
+def trial_steps(limits: BatchLimits, asked: SamplingParams) -> Iterator[Step]:
     """One request with as long a prompt as a step takes; as many more as fit beside its next token; a token of all.
 
-    Tokens are drawn in each of the ways that differ on the device, greedily in the last step.
+    Then prompts of every power of two, for kernels may go by the length. Tokens are drawn in each of the ways that
+    differ on the device, in the last steps greedily.
+
+    Args:
+        asked: what all requests ask for, but for how they are drawn.
     """
+    limited = replace(asked, top_p=0.9, top_k=50, min_p=0.01)
     longest, short, num_short = _sizes(limits)
     lengths = [longest] + [short] * num_short
     names = [f"trial-{index}" for index in range(len(lengths))]
@@ -59,7 +67,7 @@ def trial_steps(limits: BatchLimits) -> Iterator[Step]:
         for name, length, first, count in zip(names, lengths, firsts, counts, strict=True)
     ]
     entering = [
-        _new_row(name, length, SamplingParams(top_p=0.9, top_k=50, min_p=0.01) if index else SamplingParams())
+        _new_row(name, length, limited if index else asked)
         for index, (name, length) in enumerate(zip(names, lengths, strict=True))
     ]
     yield Step(step_id=0, entering=entering[:1], rows=rows[:1])
@@ -70,9 +78,16 @@ def trial_steps(limits: BatchLimits) -> Iterator[Step]:
     decodes += [_next(row, 1) for row in rows[1:] if row.num_tokens < limits.max_model_len]
     if decodes:
         yield Step(step_id=2, rows=decodes)
-    greedy = ScheduledRow(request_id="greedy", num_computed_tokens=0, num_tokens=1, new_block_ids=[0], samples=True)
-    params = SamplingParams(temperature=0.0)
-    yield Step(step_id=3, leaving=names, entering=[_new_row("greedy", 1, params)], rows=[greedy])
+    greedy = replace(asked, temperature=0.0)
+    leaving = names
+    for exponent in range(longest.bit_length()):
+        name, length = f"trial-of-{2**exponent}", 2**exponent
+        blocks = list(range(_blocks(length, limits)))
+        row = ScheduledRow(
+            request_id=name, num_computed_tokens=0, num_tokens=length, new_block_ids=blocks, samples=True
+        )
+        yield Step(step_id=3 + exponent, leaving=leaving, entering=[_new_row(name, length, greedy)], rows=[row])
+        leaving = [name]
 
 
 def _sizes(limits: BatchLimits) -> tuple[int, int, int]:

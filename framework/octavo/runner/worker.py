@@ -40,10 +40,14 @@ class Worker:
                 check_same_vocabulary(manifest, manifest.draft_model)
                 draft = load_model(manifest.draft_model, lambda _phase: nullcontext())
         engine, bytes_per_block = manifest.config, model.bytes_per_block
+        rule_limits = RuleLimits(
+            max_num_requests=engine.max_num_seqs, vocab_size=model.config.vocab_size, device=manifest.device
+        )
         step_bytes = 0
         if manifest.device == "cuda":  # a CPU's KV cache takes no more than half of what is free
             with self._phase("try the largest steps"):
-                step_bytes = activation_bytes(model)
+                rules = [rule.build(rule_limits) for rule in manifest.logits_rules]
+                step_bytes = max(activation_bytes(one, rules) for one in (model, draft) if one is not None)
         with self._phase("allocate KV cache"):
             memory = device_memory(manifest.device)
             budget = kv_cache_budget(engine, memory, manifest.device, step_bytes)
@@ -54,9 +58,6 @@ class Worker:
             check_num_kv_blocks(engine, num_blocks, budget, bytes_per_block, gpu_memory, step_bytes)
             kv_cache_bytes = num_blocks * bytes_per_block
             beside, draft_kv_bytes = _beside(draft, num_blocks) if draft is not None else (None, 0)
-            rule_limits = RuleLimits(
-                max_num_requests=engine.max_num_seqs, vocab_size=model.config.vocab_size, device=manifest.device
-            )
             graphs = graph_plan(manifest.device, engine.max_num_seqs, engine.enforce_eager)
             self._runner = model.make_runner(
                 num_blocks,

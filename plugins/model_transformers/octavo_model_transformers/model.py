@@ -29,6 +29,8 @@ class TransformersModel(ModelArchitecture):
         CheckpointError: the architecture, or what config.json asks of it, cannot be served; every reason is named.
     """
 
+    can_be_captured = False  # what a class of transformers does between its layers is not known
+
     def __init__(self, config: ModelConfig, factory: LayerFactory) -> None:
         skeleton = build_skeleton(config)
         logger.warning(
