@@ -64,20 +64,25 @@ def _log(f, exponent):
 
 
 @triton.jit
-def _gumbel_noise(seed, sample_index, position, token_ids):
-    """-log(-log(1 - u)), u in (0, 1) hashed from the row's key and each token id: float32, of token_ids' shape."""
+def gumbel(uniform):
+    """-log(-log(1 - u)) of u in [2^-33, 1 - 2^-24], to 1e-6."""
+    # u is not subtracted before it is scaled: a small one keeps all its bits.
+    exponent, scale = _power_near(1.0 - uniform)
+    exponential = -_log((scale - 1.0) - uniform * scale, exponent)
+    exponent, scale = _power_near(exponential)
+    return -_log(exponential * scale - 1.0, exponent)
+
+
+@triton.jit
+def hashed_uniform(seed, sample_index, position, token_ids):
+    """Numbers in [2^-33, 1 - 2^-24] hashed from the row's key and each token id: float32, of token_ids' shape."""
     key = _mix(seed.to(tl.uint32) ^ _mix((seed >> 32).to(tl.uint32) + _GOLDEN))
     key = _mix(key ^ _mix(sample_index.to(tl.uint32) * _GOLDEN + 1))
     key = _mix(key ^ _mix(position.to(tl.uint32) * _GOLDEN + 2))
     second_key = _mix(key + _GOLDEN)
     bits = _mix(_mix((token_ids.to(tl.uint32) * _GOLDEN) ^ key) + second_key)
     # The noise is finest where it is largest: as float32 a small hash keeps all its bits, a large one loses some.
-    uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, _BELOW_1)
-    # u is not subtracted before it is scaled: a small one keeps all its bits.
-    exponent, scale = _power_near(1.0 - uniform)
-    exponential = -_log((scale - 1.0) - uniform * scale, exponent)
-    exponent, scale = _power_near(exponential)
-    return -_log(exponential * scale - 1.0, exponent)
+    return tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, _BELOW_1)
 
 
 @triton.jit(
@@ -99,7 +104,7 @@ def sample_draw_kernel(
 ):
     """best[r, c] = the largest score of chunk c of row r, and the first token that has it.
 
-    score[r, v] = logits[r, v] / temperature[r] + noise(seed, sample_index, position, v), and -inf where the quotient is
+    score[r, v] = logits[r, v] / temperature[r] + gumbel(hashed_uniform(row's key, v)), and -inf where the quotient is
     below threshold[r]; logits[r, v] itself where the temperature is 0. One program owns one chunk of BLOCK tokens of
     one row; tokens past vocab_size are masked. A chunk without a token that may be drawn hashes no noise.
     """
@@ -116,7 +121,7 @@ def sample_draw_kernel(
             if tl.max(scores, axis=0) > float("-inf"):
                 seed = tl.load(seed_ptr + row)
                 sample_index, position = tl.load(sample_index_ptr + row), tl.load(position_ptr + row)
-                scores += _gumbel_noise(seed, sample_index, position, token_ids)
+                scores += gumbel(hashed_uniform(seed, sample_index, position, token_ids))
     best, offset = tl.max(scores, axis=0, return_indices=True, return_indices_tie_break_left=True)
     tl.store(best_score_ptr + row * tl.num_programs(1) + chunk, best)
     tl.store(best_id_ptr + row * tl.num_programs(1) + chunk, chunk * BLOCK + offset)

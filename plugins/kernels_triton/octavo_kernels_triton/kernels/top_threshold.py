@@ -195,7 +195,7 @@ def _search(logits_row, scratch_row, vocab_size, temperature, top, floor, limit,
         )
         if above_low < 0:
             above_low = above_pivot
-            # Not 0: the most probable token is always kept.
+            # Not 0, which no window could be seen to hold.
             target = tl.where(by_mass, tl.maximum(limit * above_low, 1e-30), limit)
 
         if above_low < target:
@@ -204,8 +204,7 @@ def _search(logits_row, scratch_row, vocab_size, temperature, top, floor, limit,
             tl.debug_barrier()  # until each thread sees what the others gathered
             slots = tl.arange(0, CAPACITY)
             logits = _load(scratch_row, slots, slots < num_inside)
-            weights = tl.where(slots < num_inside, _weigh(logits, top, scale, by_mass), 0.0)
-            high = _lowest(logits, weights, target - above_ceiling, 0.0, bottom, ceiling)
+            high = _lowest(logits, _weigh(logits, top, scale, by_mass), target - above_ceiling, 0.0, bottom, ceiling)
             low = high - 1
         else:
             low, above_low, high, above_high = _narrow(bottom, above_bottom, target, low, above_low, high, above_high)

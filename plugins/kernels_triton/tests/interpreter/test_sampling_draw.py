@@ -6,16 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from octavo.builtin.torch_kernels import TorchKernels
+from octavo.builtin.torch_kernels import TorchKernels, gumbel_noise
 from octavo.errors import ShapeError
 from octavo.interfaces import SamplingInputs
 from octavo.plugins.specs import Need
 from octavo.testing.drawn_tokens import sampling_inputs
-from octavo_kernels_triton.kernels.sample_draw import perturbed_scores_reference, sample_draw
+from octavo_kernels_triton.kernels.sample_draw import gumbel, hashed_uniform, perturbed_scores_reference, sample_draw
 from octavo_kernels_triton.sampling import sample
 
 
@@ -29,7 +31,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 ROWS = st.fixed_dictionaries(
     {
-        "temperature": st.sampled_from([0.0, 1e-9, 0.6, 1.0, 3.0]),
+        "temperature": st.sampled_from([0.0, 1e-38, 0.6, 1.0, 3.0]),
         "top_k": st.sampled_from([0, 0, 1, 20]),
         "top_p": st.sampled_from([1.0, 1.0, 0.5, 0.95]),
         "min_p": st.sampled_from([0.0, 0.0, 0.05]),
@@ -59,8 +61,39 @@ def test_any_rows_draw_what_torch_draws(
     assert sample(logits, inputs).tolist() == by_torch(logits, inputs)
 
 
-def test_the_noise_is_that_of_the_reference() -> None:
-    """Of equal logits the noise alone decides, in every row between 300 tokens."""
+@triton.jit
+def gumbel_kernel(uniform_ptr, out_ptr, size: tl.constexpr):
+    index = tl.arange(0, size)
+    tl.store(out_ptr + index, gumbel(tl.load(uniform_ptr + index)))
+
+
+@triton.jit
+def noise_kernel(seed_ptr, sample_index_ptr, position_ptr, out_ptr, size: tl.constexpr):
+    token_ids = tl.arange(0, size)
+    seed, sample_index, position = tl.load(seed_ptr), tl.load(sample_index_ptr), tl.load(position_ptr)
+    tl.store(out_ptr + token_ids, gumbel(hashed_uniform(seed, sample_index, position, token_ids)))
+
+
+def test_logarithms_are_right_to_the_last_bits() -> None:
+    size = 65536
+    small = torch.logspace(-33, 0, size // 2, base=2.0)
+    uniform = torch.cat([small, 1 - small]).clamp(2.0**-33, 1 - 2.0**-24)
+    found = torch.empty(size)
+    gumbel_kernel[(1,)](uniform, found, size=size)
+    exact = -torch.log(-torch.log1p(-uniform.double()))
+    torch.testing.assert_close(found.double(), exact, rtol=1.2e-7, atol=2.5e-7)
+
+
+@pytest.mark.parametrize("seed", [0, 12345, -1, -(2**63), 2**40 + 7])
+def test_the_noise_is_that_of_plain_torch(seed: int) -> None:
+    inputs, found = sampling_inputs(1, seed=seed, sample_index=3, position=2**31 - 1), torch.empty(65536)
+    noise_kernel[(1,)](inputs.seed, inputs.sample_index, inputs.position, found, size=len(found))
+    torch.testing.assert_close(found, gumbel_noise(inputs, len(found))[0], rtol=2.5e-7, atol=5e-7)
+    exact = perturbed_scores_reference(torch.zeros(1, len(found)), inputs, None)[0]
+    torch.testing.assert_close(found.double(), exact, rtol=1.2e-7, atol=2.5e-7)
+
+
+def test_equal_logits_are_drawn_by_the_noise_alone() -> None:
     logits, inputs = torch.zeros(64, 300), sampling_inputs(64, seed=12345, position=range(64))
     drawn = sample_draw(logits, inputs, None, block=512).tolist()
     assert drawn == by_torch(logits, inputs)

@@ -76,9 +76,18 @@ def test_any_row_keeps_what_the_formulas_keep(
     check(logits, sampling_inputs(len(rows), **columns))
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
-@pytest.mark.parametrize("limits", [{"top_k": 20, "top_p": 0.95}, {"top_p": 0.9}, {"top_k": 50_000}], ids=str)
-def test_a_whole_vocabulary_keeps_what_the_formulas_keep(limits: dict[str, float], scale: float) -> None:
+@pytest.mark.parametrize(
+    ("scale", "limits"),
+    [
+        (0.3, {"top_p": 0.9}),  # nearly all tokens
+        (1.0, {"top_p": 0.9}),
+        (4.0, {"top_p": 0.9}),  # a few
+        (1.0, {"top_k": 20, "top_p": 0.95}),
+        (1.0, {"top_k": 50_000}),
+    ],
+    ids=str,
+)
+def test_a_whole_vocabulary_keeps_what_the_formulas_keep(scale: float, limits: dict[str, float]) -> None:
     logits = (scale * torch.randn(1, 128_256, generator=torch.Generator().manual_seed(1))).bfloat16()
     check(logits, sampling_inputs(1, temperature=0.8, **limits), block=1024, capacity=4096)
 
@@ -111,6 +120,17 @@ def test_more_tokens_of_one_place_in_a_block_than_it_has_room_for_are_searched()
     logits[0, 5::32] += 20  # 94 of them, all in one lane
     check(logits, sampling_inputs(1, top_k=40), block=32, capacity=128)
     check(logits, sampling_inputs(1, top_p=0.7), block=32, capacity=128)
+
+
+@pytest.mark.parametrize("level", [-3.0, 0.8])
+@pytest.mark.parametrize("limits", [{"top_k": 500}, {"top_p": 0.5}], ids=str)
+def test_a_sample_unlike_the_rest_does_not_mislead(limits: dict[str, float], level: float) -> None:
+    """With a capacity of 64 tokens, the 32 sampled ones of 1,000 are 0..15 and 500..515."""
+    logits = (0.3 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(7))).clamp(max=1)
+    for start in (0, 500):
+        logits[0, start : start + 16] = level + torch.linspace(0, 0.1, 16)
+        logits[0, start] = 1.5
+    check(logits, sampling_inputs(1, **limits))
 
 
 def test_rows_that_ask_for_nothing_keep_everything() -> None:
