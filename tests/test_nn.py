@@ -72,7 +72,7 @@ def factory(
 ) -> tuple[DeviceLayerFactory, WeightLoader]:
     loader = WeightLoader()
     need = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4)
-    method = method_class({}, torch.float32, "cpu")
+    method = method_class({}, torch.float32, "cpu", {})
     return DeviceLayerFactory(method, TorchAttention(need), TorchKernels(need), loader, num_ranks), loader
 
 
@@ -179,7 +179,7 @@ def test_a_linear_is_prepared_with_its_last_tensor_and_keeps_none_of_the_checkpo
 
     loader = WeightLoader()
     part = LinearPart(prefix="down", in_features=3, out_features=2)
-    linear = Linear(Watched({}, torch.float32, "cpu"), loader, [part], bias=True)
+    linear = Linear(Watched({}, torch.float32, "cpu", {}), loader, [part], bias=True)
     loader.expect("other", (1,), torch.float32, lambda tensor: None)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -315,7 +315,7 @@ def test_a_norm_with_an_offset_equals_gemmas(dtype: torch.dtype) -> None:
     theirs = Gemma2RMSNorm(32, eps=1e-6)
     theirs.weight.data = 0.01 * torch.randn(32)  # in bfloat16 all but lost beside one
     loader = WeightLoader()
-    method = Unquantized({}, dtype, "cpu")
+    method = Unquantized({}, dtype, "cpu", {})
     backend = TorchAttention(AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4))
     ours = DeviceLayerFactory(method, backend, TorchKernels(backend.need), loader).norm(
         "norm", 32, 1e-6, weight_offset=1.0
@@ -350,7 +350,7 @@ class Recorder(TorchAttention):
 def attention_of(**need: Any) -> DeviceLayerFactory:
     needed = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4, **need)
     return DeviceLayerFactory(
-        Unquantized({}, torch.float32, "cpu"), Recorder(needed), TorchKernels(needed), WeightLoader()
+        Unquantized({}, torch.float32, "cpu", {}), Recorder(needed), TorchKernels(needed), WeightLoader()
     )
 
 

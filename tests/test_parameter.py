@@ -17,7 +17,7 @@ from octavo.plugins.specs import AttentionNeed
 def factory_for(loader: WeightLoader, dtype: torch.dtype = torch.float32, num_ranks: int = 1) -> DeviceLayerFactory:
     need = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=16)
     return DeviceLayerFactory(
-        Unquantized({}, dtype, "cpu"), TorchAttention(need), TorchKernels(need), loader, num_ranks
+        Unquantized({}, dtype, "cpu", {}), TorchAttention(need), TorchKernels(need), loader, num_ranks
     )
 
 

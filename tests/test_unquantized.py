@@ -28,7 +28,7 @@ def test_product_equals_float64(
     weights = [torch.randn(size, 96, generator=generator) * 96**-0.5 for size in (48, 32)]
     x, bias, *weights = (tensor.to(dtype) for tensor in (x, bias, *weights))
 
-    method = Unquantized({}, dtype, "cpu")
+    method = Unquantized({}, dtype, "cpu", {})
     prepared = method.prepare(SHAPE, [{"weight": weight} for weight in weights])
     y = method.apply(prepared, x, bias if with_bias else None)
 
@@ -43,12 +43,12 @@ def test_a_torch_without_the_packing_operators_cannot_prepack(monkeypatch: pytes
 
 
 def test_one_parameter_in_the_models_dtype() -> None:
-    (weight,) = Unquantized({}, torch.bfloat16, "cpu").parameters("layer.up", SHAPE)
+    (weight,) = Unquantized({}, torch.bfloat16, "cpu", {}).parameters("layer.up", SHAPE)
     assert (weight.name, weight.shape, weight.dtype) == ("weight", (80, 96), None)
     assert (weight.output_axis, weight.input_axis) == (0, 1)
 
 
 def test_dequantize_gives_the_weight_itself() -> None:
     weight = torch.randn(80, 96).bfloat16()
-    dense = Unquantized({}, torch.bfloat16, "cpu").dequantize(SHAPE, {"weight": weight})
+    dense = Unquantized({}, torch.bfloat16, "cpu", {}).dequantize(SHAPE, {"weight": weight})
     torch.testing.assert_close(dense, weight.float(), rtol=0, atol=0)

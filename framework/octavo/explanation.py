@@ -18,10 +18,11 @@ from octavo.selection import Selection, select
 from octavo.settings import AUTO, DEFAULT, Settings, Source, as_settings
 
 SOCKETS = (
-    *("checkpoint", "model", "quantization", "attention.prefill", "attention.decode", "kernels"),
+    *("checkpoint", "model", "quantization", "quantization.plain"),
+    *("attention.prefill", "attention.decode", "kernels"),
     *("scheduler", "executor", "proposer", "logits_rules"),
 )
-"""In the order they are shown; the proposer only when one was asked for."""
+"""In the order they are shown; the proposer only when one was asked for, plain linears only where others do them."""
 
 
 _WIDEST = 40

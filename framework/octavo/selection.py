@@ -132,6 +132,9 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
     if config.proposer.name != "none":
         needs["proposer"] = (Need(device=device, dtype=dtype), config.proposer)
     choices = {kind: registry.choose(kind, each, wish.name, wish.options) for kind, (each, wish) in needs.items()}
+    plain = registry.choose("quantization", QuantizationNeed(device=device, dtype=dtype, format="none"))
+    if plain.component != choices["quantization"].component:
+        choices["quantization.plain"] = plain
     choices["model"] = _without_its_own_code(choices["model"], files.checkpoint)
     return Selection(
         registry=registry,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def run(
             return Candidate(plugin=PLUGIN, spec=spec or (FOUR_BIT if is_four_bit else PLAIN))
 
         def make(self, config: Mapping[str, object], dtype: torch.dtype) -> QuantizationMethod:
-            return method(config, dtype, self.device)
+            return method(config, dtype, self.device, {})
 
         def cases(self) -> Sequence[QuantizationCase]:
             return given or super().cases()
@@ -82,9 +83,9 @@ def test_method_that_cannot_stack_is_not_asked_to() -> None:
 
 def test_method_is_asked_only_the_dtypes_that_its_spec_accepts() -> None:
     class BFloat16(FourBitMethod):
-        def __init__(self, config: Mapping[str, object], dtype: torch.dtype, device: str) -> None:
+        def __init__(self, config: Mapping[str, object], dtype: torch.dtype, device: str, headers: Any) -> None:
             assert dtype == torch.bfloat16
-            super().__init__(config, dtype, device)
+            super().__init__(config, dtype, device, headers)
 
     assert set(run(BFloat16, replace(FOUR_BIT, dtypes=("bfloat16",))).values()) == {"passed"}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from octavo.interfaces.checkpoint import TensorHeader
 from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod
 
 
@@ -21,8 +22,14 @@ class Unquantized(QuantizationMethod):
 
     can_stack = True
 
-    def __init__(self, quantization_config: Mapping[str, object], dtype: torch.dtype, device: str) -> None:
-        super().__init__(quantization_config, dtype, device)
+    def __init__(
+        self,
+        quantization_config: Mapping[str, object],
+        dtype: torch.dtype,
+        device: str,
+        headers: Mapping[str, TensorHeader],
+    ) -> None:
+        super().__init__(quantization_config, dtype, device, headers)
         self._packs = device == "cpu" and can_prepack(dtype)
 
     def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:

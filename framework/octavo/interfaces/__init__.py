@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.attention import nhd_layout as nhd_layout
     from octavo.interfaces.attention import rotate as rotate
     from octavo.interfaces.checkpoint import Checkpoint as Checkpoint
+    from octavo.interfaces.checkpoint import TensorHeader as TensorHeader
     from octavo.interfaces.checkpoint import TokenizerData as TokenizerData
     from octavo.interfaces.executor import Executor as Executor
     from octavo.interfaces.executor import ExecutorReport as ExecutorReport
@@ -60,7 +61,7 @@ _MODULES = {
         "nhd_layout",
         "rotate",
     ),
-    "checkpoint": ("Checkpoint", "TokenizerData"),
+    "checkpoint": ("Checkpoint", "TensorHeader", "TokenizerData"),
     "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
     "kernels": ("Activation", "Kernels", "SamplingInputs"),
     "logits_rule": ("LogitsRule", "RuleLimits"),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.interfaces.checkpoint import TensorHeader
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearShape:
@@ -42,22 +44,42 @@ class ParameterSpec:
 class QuantizationMethod(ABC):
     """Declares parameters, prepares them for the device once, multiplies with them at every step.
 
-    Constructed once with the checkpoint's quantization_config ({} for plain weights), the model's dtype and device.
+    Constructed once with the checkpoint's quantization_config ({} for plain weights), the model's dtype and device, and
+    what the checkpoint's headers say of its tensors.
 
     Attributes:
         can_stack: whether several linears that read one input may be prepared as one.
+        headers: by name; {} when no weights are there yet.
     """
 
     can_stack: bool = False
 
-    def __init__(self, quantization_config: Mapping[str, object], dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self,
+        quantization_config: Mapping[str, object],
+        dtype: torch.dtype,
+        device: str,
+        headers: Mapping[str, TensorHeader],
+    ) -> None:
         self.quantization_config = quantization_config
         self.dtype = dtype
         self.device = device
+        self.headers = headers
+
+    def quantizes(self, prefix: str) -> bool:
+        """Whether the linear of this checkpoint name is the method's; else it is plain weights, which the core reads.
+
+        The tensors decide, where there are headers: a configuration may say less than what was done.
+        """
+        return True
 
     @abstractmethod
     def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
-        """The tensors the checkpoint holds for the linear named `prefix`."""
+        """The tensors the checkpoint holds for the linear named `prefix`.
+
+        Raises:
+            CheckpointError: the configuration says otherwise than the headers; names the tensor and both facts.
+        """
 
     @abstractmethod
     def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> object:

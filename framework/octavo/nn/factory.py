@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 
+import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError, PluginError
 from octavo.interfaces.attention import AttentionBackend, AttentionParameters
+from octavo.interfaces.checkpoint import TensorHeader
 from octavo.interfaces.kernels import Activation, Kernels
+from octavo.interfaces.manifest import ChosenComponent
 from octavo.interfaces.model import AttentionLayer, GatedActivation, LayerFactory, Norm, Unary
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
 from octavo.interfaces.quantization import QuantizationMethod
@@ -38,8 +41,24 @@ def heads_of_one_rank(num_heads: int, num_kv_heads: int, num_ranks: int) -> tupl
     return num_heads // num_ranks, max(1, num_kv_heads // num_ranks)
 
 
+def build_linears(
+    chosen: Mapping[str, ChosenComponent],
+    quantization_config: Mapping[str, object],
+    dtype: torch.dtype,
+    device: str,
+    headers: Mapping[str, TensorHeader],
+) -> tuple[QuantizationMethod, QuantizationMethod | None]:
+    """(the method of a checkpoint's quantized linears, the one of its plain linears if another), for a factory."""
+    method: QuantizationMethod = chosen["quantization"].build(quantization_config, dtype, device, headers)
+    plain = chosen.get("quantization.plain")
+    return method, None if plain is None else plain.build({}, dtype, device, headers)
+
+
 class DeviceLayerFactory(LayerFactory):
     """Layers of one device, their weights expected from `loader`; with several ranks, one rank's share of each.
+
+    Args:
+        method: of the linears that it quantizes. plain: of the others; None: there are none.
 
     Attributes:
         linears: every linear made so far but the head: what LoRA adapters may be trained for.
@@ -54,11 +73,13 @@ class DeviceLayerFactory(LayerFactory):
         kernels: Kernels,
         loader: WeightLoader,
         num_ranks: int = 1,
+        plain: QuantizationMethod | None = None,
     ) -> None:
         self.linears: list[LinearPart] = []
         self.rotations: list[tuple[RopeConfig, int]] = []
         self.num_weights = 0
         self._method = method
+        self._plain = plain or method
         self._backend = backend
         self._kernels = kernels
         self._loader = loader
@@ -201,9 +222,14 @@ class DeviceLayerFactory(LayerFactory):
             for index, ((name, size), shards) in enumerate(zip(parts.items(), num_shards, strict=True))
         ]
         self.linears += linears
-        groups = [linears] if self._method.can_stack else [[part] for part in linears]
+        methods = {self._method_of(part) for part in linears}
+        stacks = len(methods) == 1 and all(method.can_stack for method in methods)
+        groups = [linears] if stacks else [[part] for part in linears]
         return StackedLinear([self._linear(group, bias) for group in groups], sizes)
 
     def _linear(self, parts: Sequence[LinearPart], bias: bool) -> Linear:
         self.num_weights += sum(part.out_features * (part.in_features + bias) for part in parts)
-        return Linear(self._method, self._loader, parts, bias=bias)
+        return Linear(self._method_of(parts[0]), self._loader, parts, bias=bias)
+
+    def _method_of(self, part: LinearPart) -> QuantizationMethod:
+        return self._method if self._method.quantizes(part.stored_prefix) else self._plain

@@ -55,6 +55,11 @@ class LinearPart:
     stack: Stack | None = None
 
     @property
+    def stored_prefix(self) -> str:
+        """Of the checkpoint's tensors: the larger linear's, when it is a part of one."""
+        return self.prefix if self.stack is None else self.stack.prefix
+
+    @property
     def shape(self) -> LinearShape:
         return LinearShape(in_features=self.in_features, out_features=self.out_features)
 
@@ -130,7 +135,7 @@ class Linear:
         self._prepared: object = None
         self._bias: Tensor | None = None
         for tensors, part in zip(self._parts, parts, strict=True):
-            specs = method.parameters(part.prefix, part.shape)
+            specs = method.parameters(part.stored_prefix, part.shape)
             if bias:
                 specs = (*specs, ParameterSpec(name=_BIAS, shape=(part.out_features,), output_axis=0))
             for spec in specs:

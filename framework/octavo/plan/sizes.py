@@ -12,8 +12,7 @@ from octavo.errors import ConfigError
 from octavo.interfaces.checkpoint import TensorHeader
 from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.model import ModelArchitecture
-from octavo.interfaces.quantization import QuantizationMethod
-from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
+from octavo.nn.factory import DeviceLayerFactory, build_linears, heads_of_one_rank
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import Need
@@ -24,6 +23,10 @@ MOST_RANKS = 64
 
 # Of plain torch with top-k and top-p: scores, sorted ones and their order, noise and its hash, and some to spare.
 _SAMPLING_BYTES_PER_LOGIT = 32
+
+
+_SOCKETS = ("model", "quantization", "quantization.plain", "kernels", "attention.prefill", "attention.decode")
+"""What is built to be counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +68,15 @@ class Sizer:
         self._selection = selection
         self._max_lora_rank = max_lora_rank
         self._dtype: torch.dtype = getattr(torch, selection.dtype)
-        chosen = {
-            socket: selection.choices[socket].get()
-            for socket in ("model", "quantization", "kernels", "attention.prefill", "attention.decode")
-        }
+        chosen = {socket: selection.choices[socket].get() for socket in _SOCKETS if socket in selection.choices}
         self._model = chosen["model"]
         self._attention = chosen["attention.prefill"], chosen["attention.decode"]
-        self._method: QuantizationMethod = chosen["quantization"].build(
-            selection.files.model_config.quantization, self._dtype, selection.device
+        self._method, self._plain = build_linears(
+            chosen,
+            selection.files.model_config.quantization,
+            self._dtype,
+            selection.device,
+            selection.files.checkpoint.tensor_headers(),
         )
         self._kernels: Kernels = chosen["kernels"].build(Need(device=selection.device, dtype=selection.dtype))
         self.sizes_of = cache(self._sizes_of)
@@ -133,7 +137,7 @@ class Sizer:
     def _build(self, num_ranks: int) -> tuple[ModelArchitecture, DeviceLayerFactory, WeightLoader]:
         loader = WeightLoader()
         attention = build_attention(*self._attention, self._selection.attention_need)
-        factory = DeviceLayerFactory(self._method, attention, self._kernels, loader, num_ranks)
+        factory = DeviceLayerFactory(self._method, attention, self._kernels, loader, num_ranks, self._plain)
         model: ModelArchitecture = self._model.build(self._selection.files.model_config, factory)
         return model, factory, loader
 

@@ -15,9 +15,8 @@ from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.logits_rule import LogitsRule
 from octavo.interfaces.manifest import Manifest
 from octavo.interfaces.model import ModelArchitecture
-from octavo.interfaces.quantization import QuantizationMethod
 from octavo.model_config import ModelConfig
-from octavo.nn.factory import DeviceLayerFactory
+from octavo.nn.factory import DeviceLayerFactory, build_linears
 from octavo.nn.rotary import RotaryTable
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
@@ -100,9 +99,10 @@ def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
     attention = build_attention(chosen["attention.prefill"], chosen["attention.decode"], manifest.attention_need)
     loader = WeightLoader()
     with phase("build model"):
-        method: QuantizationMethod = chosen["quantization"].build(config.quantization, dtype, manifest.device)
+        headers = checkpoint.tensor_headers()
+        method, plain = build_linears(chosen, config.quantization, dtype, manifest.device, headers)
         kernels: Kernels = chosen["kernels"].build(Need(device=manifest.device, dtype=manifest.dtype))
-        factory = DeviceLayerFactory(method, attention, kernels, loader)
+        factory = DeviceLayerFactory(method, attention, kernels, loader, plain=plain)
         model: ModelArchitecture = chosen["model"].build(config, factory)
         rotary = factory.rotary_tables(manifest.max_model_len)
     with phase("load weights"):

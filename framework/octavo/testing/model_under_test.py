@@ -68,7 +68,7 @@ class ModelUnderTest:
         need = _attention_need(self.config, dtype, num_ranks, max_model_len)
         self._attention = build_attention(attention, attention, need)
         loader = WeightLoader()
-        method = _builtin("quantization", "unquantized").build({}, dtype, "cpu")
+        method = _builtin("quantization", "unquantized").build({}, dtype, "cpu", {})
         kernels = _builtin("kernels", "torch").build(Need(device="cpu", dtype=str(dtype).removeprefix("torch.")))
         factory = DeviceLayerFactory(method, self._attention, kernels, loader)
         self.asked = RecordingFactory(factory, loader, num_ranks)

@@ -87,7 +87,7 @@ class QuantizationSuite(Suite):
 
     def make(self, config: Mapping[str, object], dtype: torch.dtype) -> QuantizationMethod:
         """The method for a checkpoint, as the engine makes it."""
-        method: QuantizationMethod = self.build(config, dtype, self.device)
+        method: QuantizationMethod = self.build(config, dtype, self.device, {})
         return method
 
     def spec(self) -> QuantizationSpec:
