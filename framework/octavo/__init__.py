@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from octavo.plugins.specs import CommandSpec as CommandSpec
     from octavo.plugins.specs import ExecutorSpec as ExecutorSpec
     from octavo.plugins.specs import KernelsSpec as KernelsSpec
+    from octavo.plugins.specs import LinearKernelSpec as LinearKernelSpec
     from octavo.plugins.specs import LogitsRuleSpec as LogitsRuleSpec
     from octavo.plugins.specs import ModelSpec as ModelSpec
     from octavo.plugins.specs import ProposerSpec as ProposerSpec
@@ -52,6 +53,7 @@ _MODULES = {
         "CommandSpec",
         "ExecutorSpec",
         "KernelsSpec",
+        "LinearKernelSpec",
         "LogitsRuleSpec",
         "ModelSpec",
         "ProposerSpec",

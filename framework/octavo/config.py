@@ -112,6 +112,8 @@ class EngineConfig(BaseModel):
     """attention backend by name; auto takes the best that can serve"""
     quantization: ComponentConfig = ComponentConfig()
     """quantization method by name; auto takes the one that reads the checkpoint"""
+    linear_kernel: ComponentConfig = ComponentConfig()
+    """what multiplies with quantized weights, by name; auto asks the best first, for each linear"""
     kernels: ComponentConfig = ComponentConfig()
     """norms, activations and sampling by name; auto takes the best that can serve"""
     scheduler: ComponentConfig = ComponentConfig()
@@ -153,7 +155,7 @@ class EngineConfig(BaseModel):
             value = [word.strip() for word in value.split(",") if word.strip()]
         return [_component(one) for one in value] if isinstance(value, (list, tuple)) else value
 
-    @field_validator("attention", "quantization", "kernels", "scheduler", "executor", "proposer", mode="before")
+    @field_validator("attention", "quantization", "linear_kernel", "kernels", "scheduler", "executor", "proposer", mode="before")
     @classmethod
     def _name_is_short_for_component(cls, value: object, info: ValidationInfo) -> object:
         return cls.model_fields[str(info.field_name)].default if value is None else _component(value)

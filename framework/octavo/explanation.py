@@ -18,7 +18,7 @@ from octavo.selection import Selection, select
 from octavo.settings import AUTO, DEFAULT, Settings, Source, as_settings
 
 SOCKETS = (
-    *("checkpoint", "model", "quantization", "quantization.plain"),
+    *("checkpoint", "model", "quantization", "quantization.plain", "linear_kernel"),
     *("attention.prefill", "attention.decode", "kernels"),
     *("scheduler", "executor", "proposer", "logits_rules"),
 )
@@ -128,6 +128,8 @@ def explain_selection(selection: Selection, settings: Settings) -> Explanation:
 
 def _sockets(selection: Selection) -> Iterator[ExplainedSocket]:
     choices: dict[str, Choice | Choices] = {**selection.choices, "logits_rules": selection.logits_rules}
+    if selection.linear_kernels.candidates:
+        choices["linear_kernel"] = selection.linear_kernels
     for name in SOCKETS:
         if (choice := choices.get(name)) is not None:
             error = choice.error or (_draft_model_error(selection) if name == "proposer" else None)
@@ -152,6 +154,7 @@ def _wishes(selection: Selection) -> dict[str, str]:
     prefill, decode = config.attention.wishes
     return {
         "quantization": config.quantization.name,
+        "linear_kernel": config.linear_kernel.name,
         "kernels": config.kernels.name,
         "attention.prefill": prefill.name,
         "attention.decode": decode.name,

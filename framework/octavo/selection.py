@@ -16,6 +16,7 @@ from octavo.interfaces.manifest import Manifest
 from octavo.model_config import ModelConfig
 from octavo.model_source import resolve_model
 from octavo.plugins.attention_pair import choose_attention
+from octavo.plugins.quantized_checkpoint import quantization_config, quantization_need
 from octavo.plugins.registry import Choice, Choices, Registry, default_registry
 from octavo.plugins.specs import (
     AttentionNeed,
@@ -25,7 +26,9 @@ from octavo.plugins.specs import (
     ModelNeed,
     Need,
     ProposerSpec,
+    LinearKernelNeed,
     QuantizationNeed,
+    QuantizationSpec,
 )
 from octavo.runner.device import resolve_device, resolve_dtype
 
@@ -49,6 +52,8 @@ class Selection:
     Attributes:
         config: what the user asked for; `device`, `dtype` and `max_model_len` are what its "auto" came to.
         choices: by socket, as in Manifest.components.
+        quantization_config: of the checkpoint, its quant_method found; {} for plain weights.
+        linear_kernels: those that are asked for each quantized linear; none where the method multiplies itself.
         draft_model: of the proposer's own model, where it has one.
     """
 
@@ -61,6 +66,8 @@ class Selection:
     attention_need: AttentionNeed
     choices: Mapping[str, Choice]
     logits_rules: Choices
+    quantization_config: Mapping[str, object]
+    linear_kernels: Choices
     draft_model: Selection | None
 
     @property
@@ -88,6 +95,8 @@ class Selection:
             attention_need=self.attention_need,
             components={socket: choice.get() for socket, choice in self.choices.items()},
             logits_rules=self.logits_rules.get(),
+            quantization_config=self.quantization_config,
+            linear_kernels=self.linear_kernels.get(),
             draft_model=None if self.draft_model is None else self.draft_model.manifest(),
         )
 
@@ -122,9 +131,10 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
         kv_cache_dtype=config.kv_cache_dtype,
     )
     prefill, decode = choose_attention(registry, need, config.attention.wishes)
+    quantized = quantization_config(registry, model_config.quantization, files.checkpoint.tensor_headers())
     needs: dict[str, tuple[Need, ComponentConfig]] = {
         "model": (ModelNeed(device=device, dtype=dtype, architecture=model_config.architecture), ComponentConfig()),
-        "quantization": (_quantization_need(model_config, device, dtype), config.quantization),
+        "quantization": (quantization_need(quantized, device, dtype), config.quantization),
         "kernels": (Need(device=device, dtype=dtype), config.kernels),
         "scheduler": (Need(), config.scheduler),
         "executor": (ExecutorNeed(device=device, num_devices=config.tensor_parallel_size), config.executor),
@@ -150,6 +160,10 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
             Need(device=device),
             lambda spec: isinstance(spec, LogitsRuleSpec) and spec.always,
             [(wish.name, wish.options) for wish in config.logits_rules],
+        ),
+        quantization_config=quantized,
+        linear_kernels=_choose_linear_kernels(
+            registry, choices["quantization"], config.linear_kernel, needs["quantization"][0]
         ),
         draft_model=_select_draft_model(registry, config, choices.get("proposer"), device, max_model_len, weights),
     )
@@ -187,14 +201,17 @@ def _without_its_own_code(choice: Choice, checkpoint: Checkpoint) -> Choice:
     return replace(choice, error=error)
 
 
-def _quantization_need(model_config: ModelConfig, device: str, dtype: str) -> QuantizationNeed:
-    found = model_config.quantization
-    bits = found.get("bits")
-    return QuantizationNeed(
-        device=device,
-        dtype=dtype,
-        format=str(found.get("quant_method", "none")),
-        bits=bits if isinstance(bits, int) else None,
+def _choose_linear_kernels(registry: Registry, method: Choice, wish: ComponentConfig, need: Need) -> Choices:
+    """Every kernel that can multiply with the method's weights, or only the one that was named."""
+    form = next((one.spec.weight_form for one in method.candidates if one.chosen), "")
+    if not form:
+        return Choices(kind="linear_kernel", candidates=())
+    named = [] if wish.name == "auto" else [(wish.name, wish.options)]
+    return registry.choose_several(
+        "linear_kernel",
+        LinearKernelNeed(device=need.device, dtype=need.dtype, form=form),
+        lambda _: not named,
+        named,
     )
 
 
@@ -215,7 +232,7 @@ def _select_draft_model(
     specs = [one.spec for one in proposer.candidates if one.chosen] if proposer is not None else []
     if proposer is None or not any(isinstance(spec, ProposerSpec) and spec.draft_model for spec in specs):
         return None
-    about_one = ("tokenizer", "revision", "quantization", "kv_cache_memory_bytes", "logits_rules", "proposer")
+    about_one = ("tokenizer", "revision", "quantization", "linear_kernel", "kv_cache_memory_bytes", "logits_rules", "proposer")
     settings = {name: value for name, value in config.model_dump().items() if name not in about_one}
     options = proposer.get().options
     settings |= {name: options[name] for name in EngineConfig.model_fields if options.get(name) is not None}

@@ -9,6 +9,7 @@ from octavo.plugins.specs import (
     CommandSpec,
     ExecutorSpec,
     KernelsSpec,
+    LinearKernelSpec,
     LogitsRuleSpec,
     ModelSpec,
     QuantizationSpec,
@@ -34,6 +35,19 @@ def octavo_components() -> list[Spec]:
             summary="Plain weights, as the checkpoint stores them",
             target="octavo.builtin.unquantized:Unquantized",
             formats=("none",),
+        ),
+        LinearKernelSpec(
+            name="torch-packed",
+            summary="Dequantises at every call in plain torch: slow, any weight, the reference of every linear kernel",
+            target="octavo.builtin.torch_linear:TorchPacked",
+            forms=("affine", "lookup"),
+        ),
+        LinearKernelSpec(
+            name="torch-dequantized",
+            summary="Dequantises when the weights are loaded: as fast and as large as plain weights",
+            target="octavo.builtin.torch_linear:TorchDequantized",
+            forms=("affine", "lookup"),
+            priority=-10,  # auto keeps memory near the packed size
         ),
         KernelsSpec(
             name="torch",

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo.interfaces.checkpoint import TensorHeader
-from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod
+from octavo.interfaces.linear_kernel import LinearKernels
+from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod, StoredLinear
 
 
 class Unquantized(QuantizationMethod):
@@ -20,16 +21,15 @@ class Unquantized(QuantizationMethod):
     one (docs/decisions/0001-linears-are-packed-for-onednn.md); elsewhere torch's linear is used.
     """
 
-    can_stack = True
-
     def __init__(
         self,
         quantization_config: Mapping[str, object],
         dtype: torch.dtype,
         device: str,
         headers: Mapping[str, TensorHeader],
+        kernels: LinearKernels,
     ) -> None:
-        super().__init__(quantization_config, dtype, device, headers)
+        super().__init__(quantization_config, dtype, device, headers, kernels)
         self._packs = device == "cpu" and can_prepack(dtype)
 
     def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
@@ -37,8 +37,8 @@ class Unquantized(QuantizationMethod):
             ParameterSpec(name="weight", shape=(shape.out_features, shape.in_features), output_axis=0, input_axis=1),
         )
 
-    def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        weights = [part["weight"] for part in parts]
+    def prepare(self, parts: Sequence[StoredLinear]) -> Tensor:
+        weights = [part.tensors["weight"] for part in parts]
         weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(self.device)
         return torch.ops.mkldnn._reorder_linear_weight(weight) if self._packs else weight
 
@@ -49,8 +49,8 @@ class Unquantized(QuantizationMethod):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, prepared, bias, "none", [], "")
         return y
 
-    def dequantize(self, shape: LinearShape, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["weight"].float()
+    def dequantize(self, stored: StoredLinear) -> Tensor:
+        return stored.tensors["weight"].float()
 
 
 @cache

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
     from octavo.interfaces.kernels import Activation as Activation
     from octavo.interfaces.kernels import Kernels as Kernels
     from octavo.interfaces.kernels import SamplingInputs as SamplingInputs
+    from octavo.interfaces.linear_kernel import AffineWeight as AffineWeight
+    from octavo.interfaces.linear_kernel import LinearKernel as LinearKernel
+    from octavo.interfaces.linear_kernel import LinearKernels as LinearKernels
+    from octavo.interfaces.linear_kernel import LookupWeight as LookupWeight
+    from octavo.interfaces.linear_kernel import PackedWeight as PackedWeight
+    from octavo.interfaces.linear_kernel import WeightFacts as WeightFacts
     from octavo.interfaces.logits_rule import LogitsRule as LogitsRule
     from octavo.interfaces.logits_rule import RuleLimits as RuleLimits
     from octavo.interfaces.manifest import ChosenComponent as ChosenComponent
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.quantization import LinearShape as LinearShape
     from octavo.interfaces.quantization import ParameterSpec as ParameterSpec
     from octavo.interfaces.quantization import QuantizationMethod as QuantizationMethod
+    from octavo.interfaces.quantization import StoredLinear as StoredLinear
     from octavo.interfaces.scheduling import SchedulerPolicy as SchedulerPolicy
 
 _MODULES = {
@@ -64,11 +71,12 @@ _MODULES = {
     "checkpoint": ("Checkpoint", "TensorHeader", "TokenizerData"),
     "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
     "kernels": ("Activation", "Kernels", "SamplingInputs"),
+    "linear_kernel": ("AffineWeight", "LinearKernel", "LinearKernels", "LookupWeight", "PackedWeight", "WeightFacts"),
     "logits_rule": ("LogitsRule", "RuleLimits"),
     "manifest": ("ChosenComponent", "Manifest"),
     "model": ("ForwardContext", "LayerFactory", "ModelArchitecture"),
     "proposer": ("Continuation", "IncrementalModel", "Proposer", "ProposerContext"),
-    "quantization": ("LinearShape", "ParameterSpec", "QuantizationMethod"),
+    "quantization": ("LinearShape", "ParameterSpec", "QuantizationMethod", "StoredLinear"),
     "scheduling": ("SchedulerPolicy",),
 }
 

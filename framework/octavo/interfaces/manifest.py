@@ -63,6 +63,8 @@ class Manifest:
         components: the chosen component of each socket: "checkpoint", "model", "quantization", "attention.prefill",
             "attention.decode" (often the same), "scheduler", "executor", and "proposer" when one was asked for.
         logits_rules: those that apply, in the order they do.
+        quantization_config: the checkpoint's, its quant_method found; {} for plain weights.
+        linear_kernels: those that are asked for each quantized linear, the preferred first.
         draft_model: what the proposer's own model is built of, where it has one.
     """
 
@@ -74,4 +76,6 @@ class Manifest:
     attention_need: AttentionNeed
     components: Mapping[str, ChosenComponent]
     logits_rules: tuple[ChosenComponent, ...] = ()
+    quantization_config: Mapping[str, object] = field(default_factory=dict)
+    linear_kernels: tuple[ChosenComponent, ...] = ()
     draft_model: Manifest | None = None

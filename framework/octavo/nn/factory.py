@@ -13,6 +13,7 @@ from octavo.errors import ConfigError, PluginError
 from octavo.interfaces.attention import AttentionBackend, AttentionParameters
 from octavo.interfaces.checkpoint import TensorHeader
 from octavo.interfaces.kernels import Activation, Kernels
+from octavo.interfaces.linear_kernel import LinearKernels
 from octavo.interfaces.manifest import ChosenComponent
 from octavo.interfaces.model import AttentionLayer, GatedActivation, LayerFactory, Norm, Unary
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
@@ -43,15 +44,19 @@ def heads_of_one_rank(num_heads: int, num_kv_heads: int, num_ranks: int) -> tupl
 
 def build_linears(
     chosen: Mapping[str, ChosenComponent],
+    kernels: Sequence[ChosenComponent],
     quantization_config: Mapping[str, object],
     dtype: torch.dtype,
     device: str,
     headers: Mapping[str, TensorHeader],
 ) -> tuple[QuantizationMethod, QuantizationMethod | None]:
     """(the method of a checkpoint's quantized linears, the one of its plain linears if another), for a factory."""
-    method: QuantizationMethod = chosen["quantization"].build(quantization_config, dtype, device, headers)
+    linear_kernels = LinearKernels({kernel.name: kernel.build(dtype, device) for kernel in kernels})
+    method: QuantizationMethod = chosen["quantization"].build(
+        quantization_config, dtype, device, headers, linear_kernels
+    )
     plain = chosen.get("quantization.plain")
-    return method, None if plain is None else plain.build({}, dtype, device, headers)
+    return method, None if plain is None else plain.build({}, dtype, device, headers, LinearKernels({}))
 
 
 class DeviceLayerFactory(LayerFactory):

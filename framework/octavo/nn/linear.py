@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError
-from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod
+from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod, StoredLinear
 from octavo.nn.weights import Part, Receiver, Shard, WeightLoader
 
 _BIAS = "bias"
@@ -99,11 +99,12 @@ class LinearPart:
         axis = spec.output_axis if self.parallel == "column" else spec.input_axis
         if axis is None or self.num_shards == 1:
             return None
-        if spec.shape[axis] % self.num_shards and not self.padded:
+        if spec.shape[axis] % (self.num_shards * spec.pack_elements) and not self.padded:
             features, side = (
                 (self.out_features, "outputs") if self.parallel == "column" else (self.in_features, "inputs")
             )
-            packed = f", {spec.pack_factor} values in each" if spec.pack_factor > 1 else ""
+            each = "each" if spec.pack_elements == 1 else f"every {spec.pack_elements}"
+            packed = f", {spec.pack_factor} values in {each}" if spec.pack_factor > 1 else ""
             raise ConfigError(
                 f"{self.prefix}.{spec.name} cannot be cut into {self.num_shards} equal parts: its {features} {side} "
                 f"are stored as {spec.shape[axis]} elements{packed}."
@@ -127,16 +128,13 @@ class Linear:
         bias: bool,
     ) -> None:
         self._method = method
-        self._shape = LinearShape(
-            in_features=parts[0].in_features, out_features=sum(part.out_features for part in parts)
-        )
-        self._parts: list[dict[str, Tensor]] = [{} for _ in parts]
+        self._parts: list[tuple[LinearPart, dict[str, Tensor]]] = [(part, {}) for part in parts]
         self._num_awaited = 0
         self._prepared: object = None
         self._bias: Tensor | None = None
-        for tensors, part in zip(self._parts, parts, strict=True):
+        for part, tensors in self._parts:
             specs = method.parameters(part.stored_prefix, part.shape)
-            if bias:
+            if bias and all(spec.name != _BIAS for spec in specs):
                 specs = (*specs, ParameterSpec(name=_BIAS, shape=(part.out_features,), output_axis=0))
             for spec in specs:
                 self._num_awaited += 1
@@ -155,9 +153,17 @@ class Linear:
         return receive
 
     def _prepare(self) -> None:
-        biases = [part.pop(_BIAS) for part in self._parts if _BIAS in part]
-        self._bias = torch.cat(biases).to(self._method.device) if biases else None
-        self._prepared = self._method.prepare(self._shape, self._parts)
+        biases = [tensors.pop(_BIAS, None) for _, tensors in self._parts]
+        if any(bias is not None for bias in biases):
+            self._bias = torch.cat(
+                [
+                    torch.zeros(part.out_features) if bias is None else bias
+                    for bias, (part, _) in zip(biases, self._parts, strict=True)
+                ]
+            ).to(self._method.device, self._method.dtype)
+        self._prepared = self._method.prepare(
+            [StoredLinear(prefix=part.stored_prefix, shape=part.shape_of_one, tensors=tensors) for part, tensors in self._parts]
+        )
         self._parts = []
 
 

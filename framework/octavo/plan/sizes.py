@@ -73,7 +73,8 @@ class Sizer:
         self._attention = chosen["attention.prefill"], chosen["attention.decode"]
         self._method, self._plain = build_linears(
             chosen,
-            selection.files.model_config.quantization,
+            selection.linear_kernels.get(),
+            selection.quantization_config,
             self._dtype,
             selection.device,
             selection.files.checkpoint.tensor_headers(),

@@ -65,6 +65,16 @@ KNOWN_PACKAGES = (
         names=frozenset({"triton"}),
     ),
     KnownPackage(
+        distribution="octavo-linear-cpu",
+        kind="linear_kernel",
+        names=frozenset({"cpu-int4", "cpu-int8"}),
+    ),
+    KnownPackage(
+        distribution="octavo-linear-triton",
+        kind="linear_kernel",
+        names=frozenset({"triton-affine", "triton-lookup"}),
+    ),
+    KnownPackage(
         distribution="octavo-model-gemma",
         kind="model",
         names=frozenset({"gemma2", "gemma3"}),
@@ -97,6 +107,34 @@ KNOWN_PACKAGES = (
         distribution="octavo-proposer-ngram",
         kind="proposer",
         names=frozenset({"ngram"}),
+    ),
+    KnownPackage(
+        distribution="octavo-quant-awq",
+        kind="quantization",
+        names=frozenset({"awq"}),
+        serves=frozenset({"awq"}),
+    ),
+    KnownPackage(
+        distribution="octavo-quant-gptq",
+        kind="quantization",
+        names=frozenset({"gptq"}),
+        serves=frozenset({"gptq", "auto-round"}),
+    ),
+    KnownPackage(
+        distribution="octavo-quant-squeezellm",
+        kind="checkpoint",
+        names=frozenset({"squeezellm-pt"}),
+    ),
+    KnownPackage(
+        distribution="octavo-quant-squeezellm",
+        kind="quantization",
+        names=frozenset({"squeezellm"}),
+        serves=frozenset({"squeezellm"}),
+    ),
+    KnownPackage(
+        distribution="octavo-quantize",
+        kind="command",
+        names=frozenset({"quantize"}),
     ),
     KnownPackage(
         distribution="octavo-scheduler-fair",

@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -48,6 +48,21 @@ class AttentionNeed(Need):
 class QuantizationNeed(Need):
     format: str  # the checkpoint's quant_method, "none" for plain weights
     bits: int | None = None
+    config: Mapping[str, object] = field(default_factory=dict, hash=False)  # the checkpoint's quantization_config
+
+    def advice(self, specs: Iterable[Spec]) -> str:
+        """The formats installed, and how to add this one."""
+        known = sorted({name for spec in specs if isinstance(spec, QuantizationSpec) for name in spec.formats} - {"none"})
+        return (
+            f"Load the model unquantized, or in one of the formats installed: {_list(tuple(known)) or 'none'}. A plugin "
+            f"adds this one with QuantizationSpec(formats=({self.format!r},), target=...), where the target is an "
+            "octavo.interfaces.QuantizationMethod."
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearKernelNeed(Need):
+    form: str  # of the weights to multiply with: "affine", "lookup"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,8 +176,8 @@ class Spec:
     def _target_faults(self) -> list[str]:
         return [
             f'{field} must be "package.module:Attribute", not {value!r}'
-            for field in ("target", "probe", "options")
-            if (value := getattr(self, field)) is not None or field == "target"
+            for field in ("target", *_OTHER_TARGETS)
+            if (value := getattr(self, field, None)) is not None or field == "target"
             if not isinstance(value, str) or not _TARGET.fullmatch(value)
         ]
 
@@ -223,6 +238,8 @@ class QuantizationSpec(Spec):
 
     formats: tuple[str, ...] = ()  # values of the checkpoint's quant_method
     bits: tuple[int, ...] = ()
+    weight_form: str = ""  # what its `weight` gives, for linear kernels; empty: it multiplies itself
+    recognise: str | None = None  # "package.module:function", for checkpoints that do not name their quant_method
 
     def _facts_against(self, need: Need) -> list[str]:
         assert isinstance(need, QuantizationNeed)
@@ -232,6 +249,22 @@ class QuantizationSpec(Spec):
         if self.bits and need.bits is not None and need.bits not in self.bits:
             reasons.append(f"supports {_list(self.bits)} bits; the checkpoint has {need.bits}")
         return reasons
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearKernelSpec(Spec):
+    """An `octavo.interfaces.LinearKernel`: the product with packed weights of some forms."""
+
+    kind: ClassVar[str] = "linear_kernel"
+    noun: ClassVar[str] = "linear kernel"
+
+    forms: tuple[str, ...] = ()  # of weights: "affine", "lookup"
+
+    def _facts_against(self, need: Need) -> list[str]:
+        assert isinstance(need, LinearKernelNeed)
+        if need.form in self.forms:
+            return []
+        return [f"multiplies with {_list(self.forms)} weights; the quantization method's are {need.form}"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,6 +370,7 @@ SPEC_KINDS: dict[str, type[Spec]] = {
     for spec in (
         AttentionSpec,
         QuantizationSpec,
+        LinearKernelSpec,
         KernelsSpec,
         ModelSpec,
         CheckpointSpec,
@@ -364,6 +398,7 @@ def load_target(target: str) -> Callable[..., Any]:
 
 
 _ANY = "*"  # in ModelSpec.architectures: every one that the probe has no reason against
+_OTHER_TARGETS = ("probe", "options", "recognise")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
 
 

@@ -100,7 +100,9 @@ def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
     loader = WeightLoader()
     with phase("build model"):
         headers = checkpoint.tensor_headers()
-        method, plain = build_linears(chosen, config.quantization, dtype, manifest.device, headers)
+        method, plain = build_linears(
+            chosen, manifest.linear_kernels, manifest.quantization_config, dtype, manifest.device, headers
+        )
         kernels: Kernels = chosen["kernels"].build(Need(device=manifest.device, dtype=manifest.dtype))
         factory = DeviceLayerFactory(method, attention, kernels, loader, plain=plain)
         model: ModelArchitecture = chosen["model"].build(config, factory)
