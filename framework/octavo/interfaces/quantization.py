@@ -50,13 +50,17 @@ class StoredLinear:
 
     Attributes:
         prefix: its checkpoint name without the parameters' suffixes.
-        shape: of the linear that these tensors are.
-        tensors: by the suffix of their names.
+        shape: of the linear that these tensors are: a device's share of it.
+        tensors: by the suffix of their names. Those that may be cut along the share's axis are the share's; the others,
+            such as the scales of groups in an order of their own, are whole.
+        output_start, input_start: where the share begins in the whole linear.
     """
 
     prefix: str
     shape: LinearShape
     tensors: Mapping[str, Tensor]
+    output_start: int = 0
+    input_start: int = 0
 
     def to(self, device: str) -> StoredLinear:
         """The same on a device."""
