@@ -20,7 +20,15 @@ from octavo.builtin.torch_attention import TorchAttention
 from octavo.builtin.torch_kernels import TorchKernels
 from octavo.builtin.unquantized import Unquantized
 from octavo.errors import CheckpointError, ConfigError, PluginError
-from octavo.interfaces import AttentionParameters, ForwardContext, LinearShape, ParameterSpec, QuantizationMethod
+from octavo.interfaces import (
+    AttentionParameters,
+    ForwardContext,
+    LinearKernels,
+    LinearShape,
+    ParameterSpec,
+    QuantizationMethod,
+    StoredLinear,
+)
 from octavo.interfaces.attention import rotate
 from octavo.model_config import RopeConfig
 from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
@@ -28,6 +36,8 @@ from octavo.nn.linear import Linear, LinearPart
 from octavo.nn.rotary import RotaryTable
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
+
+NO_KERNELS = LinearKernels({})
 
 
 class Unstackable(Unquantized):
@@ -37,22 +47,24 @@ class Unstackable(Unquantized):
 class ScaledMethod(QuantizationMethod):
     """Weights in int8 with a scale each row: two tensors a linear, and no stacking."""
 
+    can_stack = False
+
     def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
         return (
             ParameterSpec(name="qweight", shape=(shape.out_features, shape.in_features), dtype=torch.int8),
             ParameterSpec(name="scale", shape=(shape.out_features, 1)),
         )
 
-    def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        (tensors,) = parts
-        return self.dequantize(shape, tensors)
+    def prepare(self, parts: Sequence[StoredLinear]) -> Tensor:
+        (stored,) = parts
+        return self.dequantize(stored)
 
     def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:
         assert isinstance(prepared, Tensor)
         return functional.linear(x, prepared, bias)
 
-    def dequantize(self, shape: LinearShape, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["qweight"].float() * tensors["scale"]
+    def dequantize(self, stored: StoredLinear) -> Tensor:
+        return stored.tensors["qweight"].float() * stored.tensors["scale"]
 
 
 class PackedMethod(ScaledMethod):
@@ -72,7 +84,7 @@ def factory(
 ) -> tuple[DeviceLayerFactory, WeightLoader]:
     loader = WeightLoader()
     need = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4)
-    method = method_class({}, torch.float32, "cpu", {})
+    method = method_class({}, torch.float32, "cpu", {}, NO_KERNELS)
     return DeviceLayerFactory(method, TorchAttention(need), TorchKernels(need), loader, num_ranks), loader
 
 
@@ -121,8 +133,8 @@ def test_tensors_whose_outputs_are_packed_are_parted_in_their_own_elements() -> 
                 ParameterSpec(name="order", shape=(shape.in_features,)),
             )
 
-        def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> object:
-            found.append([(part["qweight"].tolist(), part["order"].tolist()) for part in parts])
+        def prepare(self, parts: Sequence[StoredLinear]) -> Any:
+            found.append([(part.tensors["qweight"].tolist(), part.tensors["order"].tolist()) for part in parts])
             return None
 
     found: list[Any] = []
@@ -172,14 +184,14 @@ def test_a_linear_is_prepared_with_its_last_tensor_and_keeps_none_of_the_checkpo
     sources: list[weakref.ref[Tensor]] = []
 
     class Watched(ScaledMethod):
-        def prepare(self, shape: LinearShape, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
-            prepared.append((shape, [sorted(part) for part in parts]))
-            sources.extend(weakref.ref(tensor) for part in parts for tensor in part.values())
-            return super().prepare(shape, parts)
+        def prepare(self, parts: Sequence[StoredLinear]) -> Tensor:
+            prepared.extend((part.prefix, part.shape, sorted(part.tensors)) for part in parts)
+            sources.extend(weakref.ref(tensor) for part in parts for tensor in part.tensors.values())
+            return super().prepare(parts)
 
     loader = WeightLoader()
     part = LinearPart(prefix="down", in_features=3, out_features=2)
-    linear = Linear(Watched({}, torch.float32, "cpu", {}), loader, [part], bias=True)
+    linear = Linear(Watched({}, torch.float32, "cpu", {}, NO_KERNELS), loader, [part], bias=True)
     loader.expect("other", (1,), torch.float32, lambda tensor: None)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -187,7 +199,7 @@ def test_a_linear_is_prepared_with_its_last_tensor_and_keeps_none_of_the_checkpo
         yield "down.scale", torch.ones(2, 1)
         assert not prepared
         yield "down.qweight", torch.zeros(2, 3, dtype=torch.int8)
-        assert prepared == [(LinearShape(in_features=3, out_features=2), [["qweight", "scale"]])]
+        assert prepared == [("down", LinearShape(in_features=3, out_features=2), ["qweight", "scale"])]
         yield "other", torch.ones(1)
         gc.collect()
         assert [source() for source in sources] == [None, None]
@@ -315,7 +327,7 @@ def test_a_norm_with_an_offset_equals_gemmas(dtype: torch.dtype) -> None:
     theirs = Gemma2RMSNorm(32, eps=1e-6)
     theirs.weight.data = 0.01 * torch.randn(32)  # in bfloat16 all but lost beside one
     loader = WeightLoader()
-    method = Unquantized({}, dtype, "cpu", {})
+    method = Unquantized({}, dtype, "cpu", {}, NO_KERNELS)
     backend = TorchAttention(AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4))
     ours = DeviceLayerFactory(method, backend, TorchKernels(backend.need), loader).norm(
         "norm", 32, 1e-6, weight_offset=1.0
@@ -350,7 +362,7 @@ class Recorder(TorchAttention):
 def attention_of(**need: Any) -> DeviceLayerFactory:
     needed = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4, **need)
     return DeviceLayerFactory(
-        Unquantized({}, torch.float32, "cpu", {}), Recorder(needed), TorchKernels(needed), WeightLoader()
+        Unquantized({}, torch.float32, "cpu", {}, NO_KERNELS), Recorder(needed), TorchKernels(needed), WeightLoader()
     )
 
 

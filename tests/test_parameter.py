@@ -9,6 +9,7 @@ from octavo.builtin.torch_attention import TorchAttention
 from octavo.builtin.torch_kernels import TorchKernels
 from octavo.builtin.unquantized import Unquantized
 from octavo.errors import CheckpointError
+from octavo.interfaces import LinearKernels
 from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
@@ -17,7 +18,11 @@ from octavo.plugins.specs import AttentionNeed
 def factory_for(loader: WeightLoader, dtype: torch.dtype = torch.float32, num_ranks: int = 1) -> DeviceLayerFactory:
     need = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=16)
     return DeviceLayerFactory(
-        Unquantized({}, dtype, "cpu", {}), TorchAttention(need), TorchKernels(need), loader, num_ranks
+        Unquantized({}, dtype, "cpu", {}, LinearKernels({})),
+        TorchAttention(need),
+        TorchKernels(need),
+        loader,
+        num_ranks,
     )
 
 

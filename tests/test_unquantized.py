@@ -7,9 +7,10 @@ import torch
 
 from octavo.builtin import unquantized
 from octavo.builtin.unquantized import Unquantized
-from octavo.interfaces import LinearShape
+from octavo.interfaces import LinearKernels, LinearShape, StoredLinear
 
 SHAPE = LinearShape(in_features=96, out_features=80)
+NO_KERNELS = LinearKernels({})
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -28,8 +29,14 @@ def test_product_equals_float64(
     weights = [torch.randn(size, 96, generator=generator) * 96**-0.5 for size in (48, 32)]
     x, bias, *weights = (tensor.to(dtype) for tensor in (x, bias, *weights))
 
-    method = Unquantized({}, dtype, "cpu", {})
-    prepared = method.prepare(SHAPE, [{"weight": weight} for weight in weights])
+    method = Unquantized({}, dtype, "cpu", {}, NO_KERNELS)
+    shapes = [LinearShape(in_features=96, out_features=len(weight)) for weight in weights]
+    prepared = method.prepare(
+        [
+            StoredLinear(prefix="up", shape=shape, tensors={"weight": weight})
+            for shape, weight in zip(shapes, weights, strict=True)
+        ]
+    )
     y = method.apply(prepared, x, bias if with_bias else None)
 
     wanted = x.double() @ torch.cat(weights).double().T + (bias.double() if with_bias else 0)
@@ -43,12 +50,13 @@ def test_a_torch_without_the_packing_operators_cannot_prepack(monkeypatch: pytes
 
 
 def test_one_parameter_in_the_models_dtype() -> None:
-    (weight,) = Unquantized({}, torch.bfloat16, "cpu", {}).parameters("layer.up", SHAPE)
+    (weight,) = Unquantized({}, torch.bfloat16, "cpu", {}, NO_KERNELS).parameters("layer.up", SHAPE)
     assert (weight.name, weight.shape, weight.dtype) == ("weight", (80, 96), None)
     assert (weight.output_axis, weight.input_axis) == (0, 1)
 
 
 def test_dequantize_gives_the_weight_itself() -> None:
     weight = torch.randn(80, 96).bfloat16()
-    dense = Unquantized({}, torch.bfloat16, "cpu", {}).dequantize(SHAPE, {"weight": weight})
+    stored = StoredLinear(prefix="up", shape=SHAPE, tensors={"weight": weight})
+    dense = Unquantized({}, torch.bfloat16, "cpu", {}, NO_KERNELS).dequantize(stored)
     torch.testing.assert_close(dense, weight.float(), rtol=0, atol=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from octavo.errors import CheckpointError
-from octavo.interfaces.checkpoint import Checkpoint, TensorHeader, TokenizerData
+from octavo.interfaces.checkpoint import SAFETENSORS_DTYPES, Checkpoint, TensorHeader, TokenizerData
 
 if TYPE_CHECKING:
     import torch
@@ -16,28 +16,6 @@ if TYPE_CHECKING:
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-    "C64": "complex64",
-}
-"""Safetensors' names of the dtypes -> torch's."""
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -187,11 +165,11 @@ class HuggingFaceCheckpoint(Checkpoint):
 def _tensor(file: BinaryIO, name: str, entry: Mapping[str, Any], start: int, end: int) -> torch.Tensor:
     import torch
 
-    dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
+    dtype = getattr(torch, SAFETENSORS_DTYPES.get(entry["dtype"], ""), None)
     if dtype is None:
         raise CheckpointError(
             f"{file.name} stores {name} as {entry['dtype']}, which this torch has no type for; those that are read "
-            f"are {', '.join(_DTYPES)}."
+            f"are {', '.join(SAFETENSORS_DTYPES)}."
         )
     data = torch.empty(end - start, dtype=torch.uint8)
     file.seek(start)

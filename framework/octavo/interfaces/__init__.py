@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.attention import KVLayout as KVLayout
     from octavo.interfaces.attention import nhd_layout as nhd_layout
     from octavo.interfaces.attention import rotate as rotate
+    from octavo.interfaces.checkpoint import SAFETENSORS_DTYPES as SAFETENSORS_DTYPES
     from octavo.interfaces.checkpoint import Checkpoint as Checkpoint
     from octavo.interfaces.checkpoint import TensorHeader as TensorHeader
     from octavo.interfaces.checkpoint import TokenizerData as TokenizerData
@@ -68,7 +69,7 @@ _MODULES = {
         "nhd_layout",
         "rotate",
     ),
-    "checkpoint": ("Checkpoint", "TensorHeader", "TokenizerData"),
+    "checkpoint": ("SAFETENSORS_DTYPES", "Checkpoint", "TensorHeader", "TokenizerData"),
     "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
     "kernels": ("Activation", "Kernels", "SamplingInputs"),
     "linear_kernel": ("AffineWeight", "LinearKernel", "LinearKernels", "LookupWeight", "PackedWeight", "WeightFacts"),

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from octavo.testing.attention import AttentionSuite as AttentionSuite
     from octavo.testing.kernels import KernelsSuite as KernelsSuite
     from octavo.testing.model import ModelSuite as ModelSuite
-    from octavo.testing.quantization import QuantizationCase as QuantizationCase
     from octavo.testing.quantization import QuantizationSuite as QuantizationSuite
-    from octavo.testing.quantization import StoredLinear as StoredLinear
     from octavo.testing.run import run_suite as run_suite
     from octavo.testing.scheduler import SchedulerSuite as SchedulerSuite
+    from octavo.testing.stored_weight import QuantizationCase as QuantizationCase
+    from octavo.testing.stored_weight import StoredWeight as StoredWeight
     from octavo.testing.suite import Suite as Suite
     from octavo.testing.triton_compile import CompiledKernel as CompiledKernel
     from octavo.testing.triton_compile import check_against_table as check_against_table
@@ -38,9 +38,10 @@ _MODULES = {
     "attention": ("AttentionSuite",),
     "kernels": ("KernelsSuite",),
     "model": ("ModelSuite",),
-    "quantization": ("QuantizationCase", "QuantizationSuite", "StoredLinear"),
+    "quantization": ("QuantizationSuite",),
     "run": ("run_suite",),
     "scheduler": ("SchedulerSuite",),
+    "stored_weight": ("QuantizationCase", "StoredWeight"),
     "suite": ("Suite",),
     "triton_compile": ("CompiledKernel", "check_against_table", "compiling", "write_table"),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.interfaces.attention import BatchLimits
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step
 from octavo.interfaces.kernels import Activation
+from octavo.interfaces.linear_kernel import LinearKernels
 from octavo.interfaces.manifest import ChosenComponent
 from octavo.interfaces.model import (
     AttentionLayer,
@@ -68,7 +69,7 @@ class ModelUnderTest:
         need = _attention_need(self.config, dtype, num_ranks, max_model_len)
         self._attention = build_attention(attention, attention, need)
         loader = WeightLoader()
-        method = _builtin("quantization", "unquantized").build({}, dtype, "cpu", {})
+        method = _builtin("quantization", "unquantized").build({}, dtype, "cpu", {}, LinearKernels({}))
         kernels = _builtin("kernels", "torch").build(Need(device="cpu", dtype=str(dtype).removeprefix("torch.")))
         factory = DeviceLayerFactory(method, self._attention, kernels, loader)
         self.asked = RecordingFactory(factory, loader, num_ranks)
