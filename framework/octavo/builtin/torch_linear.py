@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo.builtin.unquantized import Unquantized
-from octavo.interfaces.linear_kernel import LinearKernel, LinearKernels, LookupWeight, PackedWeight, WeightFacts
+from octavo.interfaces.linear_kernel import (
+    LinearKernel,
+    LinearKernels,
+    LookupWeight,
+    PackedWeight,
+    WeightFacts,
+    sparse_rows,
+)
 from octavo.interfaces.quantization import LinearShape, StoredLinear
 from octavo.packing import pack_columns, unpack_columns, words_for
 
@@ -120,6 +127,5 @@ def _rows(weight: PackedWeight, start: int, codes: Tensor) -> PackedWeight:
 
 def _csr_rows(matrix: Tensor, rows: slice) -> Tensor:
     starts = matrix.crow_indices()[rows.start : rows.stop + 1]
-    first, last = int(starts[0]), int(starts[-1])
-    columns, values = matrix.col_indices()[first:last], matrix.values()[first:last]
-    return torch.sparse_csr_tensor(starts - first, columns, values, size=(len(starts) - 1, matrix.shape[1]))
+    values = slice(int(starts[0]), int(starts[-1]))
+    return sparse_rows(starts.diff(), matrix.col_indices()[values], matrix.values()[values], matrix.shape[1])

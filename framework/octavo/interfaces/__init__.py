@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.linear_kernel import LookupWeight as LookupWeight
     from octavo.interfaces.linear_kernel import PackedWeight as PackedWeight
     from octavo.interfaces.linear_kernel import WeightFacts as WeightFacts
+    from octavo.interfaces.linear_kernel import sparse_rows as sparse_rows
     from octavo.interfaces.logits_rule import LogitsRule as LogitsRule
     from octavo.interfaces.logits_rule import RuleLimits as RuleLimits
     from octavo.interfaces.manifest import ChosenComponent as ChosenComponent
@@ -72,7 +73,15 @@ _MODULES = {
     "checkpoint": ("SAFETENSORS_DTYPES", "Checkpoint", "TensorHeader", "TokenizerData"),
     "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
     "kernels": ("Activation", "Kernels", "SamplingInputs"),
-    "linear_kernel": ("AffineWeight", "LinearKernel", "LinearKernels", "LookupWeight", "PackedWeight", "WeightFacts"),
+    "linear_kernel": (
+        "AffineWeight",
+        "LinearKernel",
+        "LinearKernels",
+        "LookupWeight",
+        "PackedWeight",
+        "WeightFacts",
+        "sparse_rows",
+    ),
     "logits_rule": ("LogitsRule", "RuleLimits"),
     "manifest": ("ChosenComponent", "Manifest"),
     "model": ("ForwardContext", "LayerFactory", "ModelArchitecture"),

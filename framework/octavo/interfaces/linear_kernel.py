@@ -6,6 +6,7 @@ serves this weight multiplies with it. So a kernel serves every format of its fo
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class LookupWeight:
         bits: of a code, 1 to 8.
         codes: [out_features, in_features] uint8, each below 2 ** bits.
         table: [out_features, 2 ** bits] float32, a codebook for each output, in any order.
-        outliers: [out_features, in_features] float32, torch's sparse CSR; None: there are none.
+        outliers: [out_features, in_features] float32, made by `sparse_rows`; None: there are none.
 
     Source: Kim et al. 2023, SqueezeLLM, arXiv:2306.07629.
     """
@@ -182,6 +183,23 @@ class LookupWeight:
 
 
 PackedWeight: TypeAlias = "AffineWeight | LookupWeight"
+
+
+def sparse_rows(num_in_rows: Tensor, columns: Tensor, values: Tensor, num_columns: int) -> Tensor:
+    """[rows, num_columns] in torch's sparse CSR, with 32-bit indices: what LookupWeight.outliers are.
+
+    Args:
+        num_in_rows: [rows] integers, how many of the values lie in each row.
+        columns: [num_values] integers below num_columns, row by row; not checked.
+        values: [num_values].
+    """
+    starts = torch.nn.functional.pad(num_in_rows.cumsum(0), (1, 0)).int()
+    with warnings.catch_warnings():
+        # torch says once in a process that CSR is in beta: to those who wrote what uses it, not to who serves a model.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            starts, columns.int(), values, size=(len(starts) - 1, num_columns), check_invariants=False
+        )
 
 
 class LinearKernel(ABC):
@@ -292,21 +310,17 @@ def _joined(weights: Iterable[PackedWeight]) -> list[PackedWeight]:
 
 
 def _joined_outliers(weights: Sequence[LookupWeight]) -> Tensor | None:
-    if all(one.outliers is None for one in weights):
+    sparse = [one.outliers for one in weights if one.outliers is not None]
+    if not sparse:
         return None
-    in_features, device = weights[0].codes.shape[1], weights[0].codes.device
-    starts, columns, values, num_rows = [torch.zeros(1, dtype=torch.int64, device=device)], [], [], 0
-    for one in weights:
-        num_rows += one.codes.shape[0]
-        if one.outliers is None:
-            starts.append(starts[-1][-1:].expand(one.codes.shape[0]))
-            continue
-        starts.append(one.outliers.crow_indices()[1:].long() + starts[-1][-1])
-        columns.append(one.outliers.col_indices().long())
-        values.append(one.outliers.values())
-    return torch.sparse_csr_tensor(
-        torch.cat(starts), torch.cat(columns), torch.cat(values), size=(num_rows, in_features)
-    )
+    num_in_rows = [
+        one.codes.new_zeros(one.codes.shape[0], dtype=torch.int32)
+        if one.outliers is None
+        else one.outliers.crow_indices().diff()
+        for one in weights
+    ]
+    columns, values = [one.col_indices() for one in sparse], [one.values() for one in sparse]
+    return sparse_rows(torch.cat(num_in_rows), torch.cat(columns), torch.cat(values), sparse[0].shape[1])
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
