@@ -34,6 +34,8 @@ def check_headers(prefix: str, shape: LinearShape, config: AWQConfig, headers: M
                 f"{prefix}.{suffix} is {header.dtype}; AWQ of version {config.version!r} stores it as "
                 f"{' or '.join(_DTYPES[suffix])}."
             )
+        if len(header.shape) != 2:
+            raise CheckpointError(f"{prefix}.{suffix} is {list(header.shape)}; AWQ stores it as a matrix.")
     _check_shapes(prefix, shape.in_features, config, {suffix: header.shape for suffix, header in found.items()})
     first = next(name for name in headers if name.endswith(".scales"))
     if headers[first].dtype != found["scales"].dtype:
@@ -46,7 +48,8 @@ def check_headers(prefix: str, shape: LinearShape, config: AWQConfig, headers: M
 def check_whole_words_and_groups(
     prefix: str, shape: LinearShape, config: AWQConfig, scales: TensorHeader | None
 ) -> None:
-    """
+    """Refuse a linear that AWQ cannot store.
+
     Raises:
         CheckpointError: groups or words do not come out whole, which AWQ's tools never write.
     """
@@ -96,8 +99,8 @@ def _wanted(
 
 def _advice(in_features: int, config: AWQConfig, found: Mapping[str, tuple[int, ...]]) -> str:
     """What the tensors are instead, where that can be told."""
-    num_rows = found["scales"][0] or 1
-    for group_size in dict.fromkeys((config.group_size_of(in_features), in_features // num_rows, *_USUAL_GROUP_SIZES)):
+    of_rows = max(1, in_features // max(1, found["scales"][0]))
+    for group_size in dict.fromkeys((config.group_size_of(in_features), of_rows, *_USUAL_GROUP_SIZES)):
         for version in (config.version, *VERSIONS):
             if in_features % group_size == 0 and found == {
                 suffix: shape

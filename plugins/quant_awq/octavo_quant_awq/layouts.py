@@ -10,8 +10,7 @@ g = k // group_size, in both versions.
 | scales, floating | [G, N] | [N, 8 * Z] |
 
 A word of version gemm holds 8 outputs in the order 0 2 4 6 1 3 5 7, from its lowest bits up; one of version gemv 8
-inputs, or groups, in their own order. Z is the words that G zeros take, rounded up for small groups; what lies beyond G is
-padding.
+inputs, or groups, in their own order. Z is the words that G zeros take, rounded up for small groups: there is padding.
 
 Source: Lin et al. 2023, AWQ, arXiv:2306.00978; the layouts of AutoAWQ 0.2.
 """

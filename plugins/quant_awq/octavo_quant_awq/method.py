@@ -1,6 +1,6 @@
 """AWQ: what the tensors of its checkpoints mean. Linear kernels multiply with them.
 
-The activation-aware scaling is folded into the layer before when a model is quantized: nothing of it is left to do here.
+The activation-aware scaling is folded into the layer before when a model is quantized: nothing of it is left to do.
 
 Source: Lin et al. 2023, AWQ: Activation-aware Weight Quantization, arXiv:2306.00978.
 """
@@ -50,7 +50,7 @@ class AWQMethod(QuantizationMethod):
         lacking = [prefix for prefix in prefixes if not self._has_zeros(prefix)]
         if lacking and not self._config.zero_point:
             logger.warning(
-                "The checkpoint has no zeros for %d linears (%s, ...), and zero_point is false: each zero is taken as 8, "
+                "The checkpoint has no zeros for %d linears (%s, ...), and zero_point is false: each is taken as 8, "
                 "the middle of 4 bits.",
                 len(lacking),
                 lacking[0],
@@ -136,7 +136,7 @@ class AWQMethod(QuantizationMethod):
         return ParameterSpec(name=suffix, shape=shape, dtype=dtype, output_axis=0)
 
     def _groups_of_share(self, stored: StoredLinear) -> tuple[slice, Tensor | None]:
-        """The groups of whole version gemv tensors that a share's inputs have, and each input's if it begins inside one."""
+        """Which groups of version gemv a share's inputs have; and the group of each, if the share begins inside one."""
         size = self._config.group_size
         if size == -1:
             return slice(0, 1), None
