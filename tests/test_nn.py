@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from linear_methods import NO_KERNELS, ScaledMethod, factory
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig
@@ -19,11 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from octavo.builtin.torch_attention import TorchAttention
 from octavo.builtin.torch_kernels import TorchKernels
 from octavo.builtin.unquantized import Unquantized
-from octavo.errors import CheckpointError, ConfigError, PluginError
+from octavo.errors import CheckpointError, PluginError
 from octavo.interfaces import (
     AttentionParameters,
     ForwardContext,
-    LinearKernels,
     LinearShape,
     ParameterSpec,
     QuantizationMethod,
@@ -31,61 +31,15 @@ from octavo.interfaces import (
 )
 from octavo.interfaces.attention import rotate
 from octavo.model_config import RopeConfig
-from octavo.nn.factory import DeviceLayerFactory, heads_of_one_rank
+from octavo.nn.factory import DeviceLayerFactory
 from octavo.nn.linear import Linear, LinearPart
 from octavo.nn.rotary import RotaryTable
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import AttentionNeed
 
-NO_KERNELS = LinearKernels({})
-
 
 class Unstackable(Unquantized):
     can_stack = False
-
-
-class ScaledMethod(QuantizationMethod):
-    """Weights in int8 with a scale each row: two tensors a linear, and no stacking."""
-
-    can_stack = False
-
-    def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
-        return (
-            ParameterSpec(name="qweight", shape=(shape.out_features, shape.in_features), dtype=torch.int8),
-            ParameterSpec(name="scale", shape=(shape.out_features, 1)),
-        )
-
-    def prepare(self, parts: Sequence[StoredLinear]) -> Tensor:
-        (stored,) = parts
-        return self.dequantize(stored)
-
-    def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, Tensor)
-        return functional.linear(x, prepared, bias)
-
-    def dequantize(self, stored: StoredLinear) -> Tensor:
-        return stored.tensors["qweight"].float() * stored.tensors["scale"]
-
-
-class PackedMethod(ScaledMethod):
-    """Eight 4-bit inputs in one int32, [out, in / 8]; a scale for every output and 32 inputs."""
-
-    def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
-        packed, groups = (shape.out_features, shape.in_features // 8), (shape.out_features, shape.in_features // 32)
-        axes = {"output_axis": 0, "input_axis": 1}
-        return (
-            ParameterSpec(name="qweight", shape=packed, dtype=torch.int32, pack_factor=8, **axes),
-            ParameterSpec(name="scales", shape=groups, dtype=torch.float16, **axes),
-        )
-
-
-def factory(
-    method_class: type[QuantizationMethod] = Unquantized, num_ranks: int = 1
-) -> tuple[DeviceLayerFactory, WeightLoader]:
-    loader = WeightLoader()
-    need = AttentionNeed(num_heads=2, num_kv_heads=2, head_dim=4, block_size=4)
-    method = method_class({}, torch.float32, "cpu", {}, NO_KERNELS)
-    return DeviceLayerFactory(method, TorchAttention(need), TorchKernels(need), loader, num_ranks), loader
 
 
 # ------------------------------------------------------------------------------------------------------ linears
@@ -206,106 +160,6 @@ def test_a_linear_is_prepared_with_its_last_tensor_and_keeps_none_of_the_checkpo
 
     loader.load(tensors())
     assert linear(torch.ones(1, 3)).tolist() == [[1.0, 1.0]]
-
-
-# ---------------------------------------------------------------------------------------- shared by several devices
-
-
-def shapes_on_device(loader: WeightLoader) -> dict[str, tuple[int, ...]]:
-    """By name, of what one device holds; the first asker's, where several ask."""
-    return {name: one.shard.shape(one.shape) if one.shard else one.shape for name, (one, *_) in loader.expected.items()}
-
-
-def test_a_linear_that_ends_a_block_is_cut_along_its_inputs_and_its_bias_is_whole() -> None:
-    layers, loader = factory(num_ranks=4)
-    layers.linear("down", 64, 40, bias=True)
-    assert shapes_on_device(loader) == {"down.weight": (40, 16), "down.bias": (40,)}
-
-
-def test_stacked_linears_and_their_biases_are_cut_along_their_outputs() -> None:
-    layers, loader = factory(num_ranks=4)
-    layers.stacked_linear("mlp", 40, {"gate": 64, "up": 32}, bias=True)
-    assert shapes_on_device(loader) == {
-        "mlp.gate.weight": (16, 40),
-        "mlp.gate.bias": (16,),
-        "mlp.up.weight": (8, 40),
-        "mlp.up.bias": (8,),
-    }
-
-
-@pytest.mark.parametrize(("num_ranks", "rows"), [(2, (32, 16, 16)), (4, (16, 8, 8)), (8, (8, 8, 8))])
-def test_heads_are_dealt_out_whole_and_few_kv_heads_repeated(num_ranks: int, rows: tuple[int, int, int]) -> None:
-    layers, loader = factory(num_ranks=num_ranks)
-    layers.qkv_linear("attn", 40, num_heads=8, num_kv_heads=4, head_dim=8)
-    assert tuple(shapes_on_device(loader).values()) == tuple((size, 40) for size in rows)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 6, 9, 16])
-def test_heads_that_cannot_be_dealt_out_evenly_are_refused(num_ranks: int) -> None:
-    with pytest.raises(ConfigError, match=rf"tensor_parallel_size={num_ranks} does not part 12 query heads and 9 KV"):
-        heads_of_one_rank(12, 9, num_ranks)
-
-
-def test_head_counts_of_one_rank() -> None:
-    assert [heads_of_one_rank(64, 8, num_ranks) for num_ranks in (1, 8, 16)] == [(64, 8), (8, 1), (4, 1)]
-
-
-def test_embedding_and_head_are_cut_along_the_vocabulary_which_is_padded() -> None:
-    layers, loader = factory(num_ranks=4)
-    layers.embedding("embed", 101, 8)
-    layers.head("head", 101, 8, tied_to=None)
-    assert shapes_on_device(loader) == {"embed.weight": (26, 8), "head.weight": (26, 8)}
-
-
-def test_norms_are_whole_on_every_device() -> None:
-    layers, loader = factory(num_ranks=4)
-    layers.norm("norm", 64, 1e-5)
-    assert shapes_on_device(loader) == {"norm.weight": (64,)}
-
-
-def test_packed_tensors_are_cut_where_they_are_stored() -> None:
-    layers, loader = factory(PackedMethod, num_ranks=2)
-    layers.linear("down", 128, 40)
-    layers.stacked_linear("mlp", 128, {"up": 40})
-    assert shapes_on_device(loader) == {
-        "down.qweight": (40, 8),
-        "down.scales": (40, 2),
-        "mlp.up.qweight": (20, 16),
-        "mlp.up.scales": (20, 4),
-    }
-    assert loader.expected_bytes == 40 * 8 * 4 + 40 * 2 * 2 + 20 * 16 * 4 + 20 * 4 * 2
-
-
-def test_a_tensor_that_cannot_be_cut_evenly_is_refused_by_name_with_its_packing() -> None:
-    layers, _ = factory(PackedMethod, num_ranks=8)
-    with pytest.raises(
-        ConfigError, match=r"down\.qweight cannot be cut into 8 .* 96 inputs .* 12 elements, 8 values in"
-    ):
-        layers.linear("down", 96, 40)
-
-
-def test_a_tensor_without_the_axis_is_whole_on_every_device() -> None:
-    layers, loader = factory(ScaledMethod, num_ranks=2)
-    layers.linear("down", 64, 40)
-    assert shapes_on_device(loader) == {"down.qweight": (40, 64), "down.scale": (40, 1)}
-
-
-def test_the_factory_tells_its_linears_and_counts_their_weights() -> None:
-    layers, _ = factory(PackedMethod, num_ranks=2)
-    layers.embedding("embed", 10, 64)
-    layers.qkv_linear("attn", 64, num_heads=4, num_kv_heads=1, head_dim=16, bias=True)
-    layers.linear("o_proj", 64, 64)
-    layers.norm("norm", 64, 1e-5)
-    layers.head("head", 10, 64, tied_to="embed")
-    assert [
-        (one.prefix, one.in_features, one.out_features, one.parallel, one.num_shards) for one in layers.linears
-    ] == [
-        ("attn.q_proj", 64, 64, "column", 2),
-        ("attn.k_proj", 64, 16, "column", 1),
-        ("attn.v_proj", 64, 16, "column", 1),
-        ("o_proj", 64, 64, "row", 2),
-    ]
-    assert layers.num_weights == 10 * 64 + (64 + 16 + 16) * (64 + 1) + 64 * 64 + 64 + 10 * 64
 
 
 # ------------------------------------------------------------------------------------- norm, embedding and head

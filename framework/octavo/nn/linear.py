@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from octavo.errors import ConfigError
+from octavo.interfaces.linear_kernel import WeightFacts
 from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod, StoredLinear
 from octavo.nn.weights import Part, Receiver, Shard, WeightLoader
 
@@ -90,6 +92,11 @@ class LinearPart:
             part = Part(axis=axis, start=size * self.stack.offset // self.out_features, size=size)
         loader.expect(f"{self.stack.prefix}.{spec.name}", tuple(whole), dtype, receive, shard, part)
 
+    def num_bytes(self, spec: ParameterSpec, dtype: torch.dtype) -> int:
+        """That one device holds of one of its tensors, kept in `dtype` where the method accepts any."""
+        shard = self.shard(spec)
+        return prod(shard.shape(spec.shape) if shard else spec.shape) * (spec.dtype or dtype).itemsize
+
     def shard(self, spec: ParameterSpec) -> Shard | None:
         """How devices share one of its tensors; None: each holds the whole.
 
@@ -99,10 +106,8 @@ class LinearPart:
         axis = spec.output_axis if self.parallel == "column" else spec.input_axis
         if axis is None or self.num_shards == 1:
             return None
-        if spec.shape[axis] % (self.num_shards * spec.pack_elements) and not self.padded:
-            features, side = (
-                (self.out_features, "outputs") if self.parallel == "column" else (self.in_features, "inputs")
-            )
+        features, side = (self.out_features, "outputs") if self.parallel == "column" else (self.in_features, "inputs")
+        if spec.shape[axis] % (self.num_shards * spec.elements_of_a_block(axis, features)) and not self.padded:
             each = "each" if spec.pack_elements == 1 else f"every {spec.pack_elements}"
             packed = f", {spec.pack_factor} values in {each}" if spec.pack_factor > 1 else ""
             raise ConfigError(
@@ -112,11 +117,27 @@ class LinearPart:
         return Shard(axis=axis, num_shards=self.num_shards)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedPart:
+    """A linear whose product linear kernels compute, as one device holds it.
+
+    Attributes:
+        stored_bytes: of its tensors in the checkpoint, without the bias.
+    """
+
+    prefix: str
+    facts: WeightFacts
+    stored_bytes: int
+
+
 class Linear:
     """y = x @ W.T + b, W being one or more parts of one input, stacked along out_features.
 
     x [num_tokens, in_features] -> [num_tokens, sum(out_features)]. The tensors arrive through the loader in any
     order; with the last one the method prepares them for the device and the checkpoint's copies are let go.
+
+    Attributes:
+        packed: of its parts, those that linear kernels compute.
     """
 
     def __init__(
@@ -129,11 +150,15 @@ class Linear:
     ) -> None:
         self._method = method
         self._parts: list[tuple[LinearPart, dict[str, Tensor]]] = [(part, {}) for part in parts]
+        self.packed: list[PackedPart] = []
         self._num_awaited = 0
         self._prepared: object = None
         self._bias: Tensor | None = None
         for part, tensors in self._parts:
             specs = method.parameters(part.stored_prefix, part.shape)
+            if (facts := method.facts(part.stored_prefix, part.shape_of_one)) is not None:
+                stored_bytes = sum(part.num_bytes(spec, method.dtype) for spec in specs if spec.name != _BIAS)
+                self.packed.append(PackedPart(prefix=part.prefix, facts=facts, stored_bytes=stored_bytes))
             if bias and all(spec.name != _BIAS for spec in specs):
                 specs = (*specs, ParameterSpec(name=_BIAS, shape=(part.out_features,), output_axis=0))
             for spec in specs:

@@ -87,7 +87,7 @@ class QuantizationSuite(Suite):
 
     def dtypes(self) -> list[str]:
         """The model's dtypes that it accepts here."""
-        need = self._need(self.cases()[0])
+        need = replace(self._need(self.cases()[0]), bits=None)
         accepted = [dtype for dtype in DTYPES if not self.spec().why_not(replace(need, dtype=dtype))]
         assert accepted, f"it refuses every dtype on {self.device!r}: {'; '.join(self.spec().why_not(need))}"
         return accepted

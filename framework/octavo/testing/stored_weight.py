@@ -130,12 +130,14 @@ class LoadedLinear:
 
     def share(self, axis_name: str, index: int) -> StoredLinear:
         """The first or the second half along "output_axis" or "input_axis", as a device gets it."""
-        linear = self.linear()
+        linear, shape = self.linear(), self.stored.shape
         tensors = dict(linear.tensors)
+        num_features = shape.out_features if axis_name == "output_axis" else shape.in_features
         for spec in self.parameters:
             axis = getattr(spec, axis_name)
             if axis is not None and spec.name in tensors:
-                assert spec.shape[axis] % (2 * spec.pack_elements) == 0, (
+                block = spec.elements_of_a_block(axis, num_features)
+                assert spec.shape[axis] % (2 * block) == 0, (
                     f"{self}: {spec.name} {spec.shape} cannot be halved along axis {axis}; give the case another shape"
                 )
                 tensors[spec.name] = tensors[spec.name].chunk(2, dim=axis)[index].contiguous()
