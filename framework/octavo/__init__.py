@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from octavo.beam_search.data import BeamSearchOutput as BeamSearchOutput
     from octavo.beam_search.data import BeamSearchParams as BeamSearchParams
     from octavo.beam_search.data import BeamSearchSequence as BeamSearchSequence
+    from octavo.builtin.hf_checkpoint import HuggingFaceCheckpoint as HuggingFaceCheckpoint
     from octavo.config import EngineConfig as EngineConfig
     from octavo.explanation import explain as explain
     from octavo.llm import LLM as LLM
@@ -42,6 +43,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 _MODULES = {
     "async_llm": ("AsyncLLM",),
     "beam_search.data": ("BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence"),
+    "builtin.hf_checkpoint": ("HuggingFaceCheckpoint",),
     "config": ("EngineConfig",),
     "explanation": ("explain",),
     "llm": ("LLM",),
