@@ -53,11 +53,12 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data", "interfaces", "text", "engine", "processors", "beam_search", "settings", "assembly", "explanation"),
     ),
     "bench": (("bench",), ("data", "processors")),
+    "perplexity": (("perplexity",), ("data", "entry")),
     "cli": (
         ("cli", "__main__"),
         (
             *("data", "specs", "plugins", "settings", "text", "sources", "plan", "explanation"),
-            *("processors", "entry", "bench"),
+            *("processors", "entry", "bench", "perplexity"),
         ),
     ),
     "builtin": (("builtin",), ("data", "specs", "interfaces", "nn", "runner")),

@@ -124,6 +124,7 @@ def octavo_components() -> list[Spec]:
         ),
         CommandSpec(name="chat", summary="Talk with a model in the terminal", target="octavo.cli.chat"),
         CommandSpec(name="bench", summary="Measure throughput or latency of a model here", target="octavo.cli.bench"),
+        CommandSpec(name="eval", summary="Measure a model's perplexity on a text", target="octavo.cli.eval"),
         CommandSpec(name="plan", summary="Count what a model takes of memory, and what fits", target="octavo.cli.plan"),
         CommandSpec(name="plugins", summary="List plugins, their states and components", target="octavo.cli.plugins"),
         CommandSpec(
