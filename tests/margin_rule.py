@@ -2,9 +2,9 @@
 
 Two correct programs add floats in different orders, so where the two best logits all but tie they may choose
 differently, and every token after that differs too. So tokens must equal the reference's as long as both continue the
-same text; where the reference's margin is under MARGIN they may part; and after they have, the rest of the reference is
-checked step by step: given the prompt and the reference's tokens so far, the next token must be the reference's
-wherever the margin allows only one.
+same text; where the reference's margin is under MARGIN, or the one that a test allows, they may part; and after they
+have, the rest of the reference is checked step by step: given the prompt and the reference's tokens so far, the next
+token must be the reference's wherever the margin allows only one.
 """
 
 from __future__ import annotations
@@ -56,8 +56,16 @@ def read_references(workload: str) -> list[Reference]:
     ]
 
 
-def check(references: Sequence[Reference], found: Sequence[Sequence[int]], next_tokens: NextTokens) -> None:
+def check(
+    references: Sequence[Reference],
+    found: Sequence[Sequence[int]],
+    next_tokens: NextTokens,
+    margin: float = MARGIN,
+) -> None:
     """Compare each request's tokens with its reference by the margin rule.
+
+    Args:
+        margin: logits nearer to each other than this may change places.
 
     Raises:
         AssertionError: naming every request that breaks it, with the step, both tokens and the margin.
@@ -71,8 +79,8 @@ def check(references: Sequence[Reference], found: Sequence[Sequence[int]], next_
         step = _first_difference(reference.token_ids, token_ids)
         if step is None:
             continue
-        if reference.margins[step] < MARGIN:
-            parted += [(reference, later) for later in _later_steps(reference, step)]
+        if reference.margins[step] < margin:
+            parted += [(reference, later) for later in _later_steps(reference, step, margin)]
         else:
             faults.append(_fault(reference, step, token_ids[step]))
     asked = next_tokens([reference.prompt_token_ids + reference.token_ids[:step] for reference, step in parted])
@@ -113,10 +121,10 @@ def _first_difference(wanted: Sequence[int], found: Sequence[int]) -> int | None
     return next((step for step, (one, other) in enumerate(pairs) if one != other), None)
 
 
-def _later_steps(reference: Reference, step: int) -> Iterator[int]:
+def _later_steps(reference: Reference, step: int, margin: float) -> Iterator[int]:
     """The steps after `step` at which the margin allows only one token."""
     for later in range(step + 1, len(reference.margins)):
-        if reference.margins[later] >= MARGIN:
+        if reference.margins[later] >= margin:
             yield later
 
 
