@@ -22,6 +22,7 @@ except ModuleNotFoundError:  # Triton kernels are compiled without it, too
 if TYPE_CHECKING:
     from octavo.testing.attention import AttentionSuite as AttentionSuite
     from octavo.testing.kernels import KernelsSuite as KernelsSuite
+    from octavo.testing.linear_kernel import LinearKernelSuite as LinearKernelSuite
     from octavo.testing.model import ModelSuite as ModelSuite
     from octavo.testing.quantization import QuantizationSuite as QuantizationSuite
     from octavo.testing.run import run_suite as run_suite
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "attention": ("AttentionSuite",),
     "kernels": ("KernelsSuite",),
+    "linear_kernel": ("LinearKernelSuite",),
     "model": ("ModelSuite",),
     "quantization": ("QuantizationSuite",),
     "run": ("run_suite",),

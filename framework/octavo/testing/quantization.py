@@ -347,6 +347,9 @@ def _check_share(loaded: LoadedLinear, axis_name: str, index: int, weight: Tenso
     error = (found.cpu() - weight).abs().max()
     assert error <= loaded.rounding, f"{loaded}: part {index} along {axis_name} is not that part of the whole"
     loaded.check(loaded.method.prepare([share]), found, 3, bias=False)
+    if facts := loaded.method.facts(PREFIX, share.shape):  # which the plan counts with
+        sizes = (share.shape.in_features, share.shape.out_features)
+        assert (facts.in_features, facts.out_features) == sizes, f"{loaded}: the facts are not the share's"
 
 
 def _is_cut_on_input(specs: Sequence[ParameterSpec]) -> bool:
