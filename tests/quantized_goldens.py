@@ -24,9 +24,9 @@ from octavo import LLM, SamplingParams
 from octavo.interfaces import LinearShape, QuantizationMethod, StoredLinear
 from octavo.nn.factory import build_linears
 
-TOLERANCES: Mapping[str, float] = {"float32": 0.02, "float16": 0.06, "bfloat16": 0.5}
-"""Largest error of a logprob by the model's dtype. In float32 it is that the tools round a dequantised weight to 16 bits
-and we do not. A greedy token is certain where the margin is over twice as much."""
+TOLERANCES: Mapping[str, float] = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
+"""Largest error of a logprob by the model's dtype. In float32 it is that most tools round a dequantised weight to 16
+bits and we do not. A greedy token is certain where the margin is over twice as much."""
 
 COMMITTED = Path(__file__).parent / "golden" / "quantized"
 
@@ -35,7 +35,7 @@ _UNIT_LAYERS = "unit-layers"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightStats:
-    """Of one dequantised weight, rounded to `dtype` as the tool does.
+    """Of one dequantised weight, rounded to `dtype` as the tool did.
 
     Attributes:
         shape: [in_features, out_features], as the tool holds it.
@@ -98,6 +98,7 @@ def read_oracle(golden: Path, adapter: str | None = None) -> Oracle:
     folder = golden / "oracle" / (adapter or "")
     said, tensors = json.loads((folder / "golden.json").read_text()), load_file(folder / "golden.safetensors")
     prefix = "W_head16."
+    heads = {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
     return Oracle(
         references=[
             Reference(
@@ -109,17 +110,18 @@ def read_oracle(golden: Path, adapter: str | None = None) -> Oracle:
             for index, prompt in enumerate(said["prompts"])
         ],
         logits=[tensors[f"logits_last_{index}"] for index in range(len(said["prompts"]))],
-        weight_stats={name: _weight_stats(stats) for name, stats in said.get("W_stats", {}).items()},
-        weight_heads={name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)},
+        weight_stats={name: _weight_stats(stats, heads) for name, stats in said.get("W_stats", {}).items()},
+        weight_heads=heads,
         tensors=tensors,
     )
 
 
-def _weight_stats(stats: Mapping[str, Any]) -> WeightStats:
-    in_features, out_features = stats["shape"]
+def _weight_stats(stats: Mapping[str, Any], heads: Mapping[str, Tensor]) -> WeightStats:
+    in_features, out_features = stats.get("shape") or stats["shape_KN"]
+    [dtype] = {head.dtype for head in heads.values()}
     return WeightStats(
         shape=LinearShape(in_features=in_features, out_features=out_features),
-        dtype=getattr(torch, stats["dtype"].removeprefix("torch.")),
+        dtype=dtype,
         sum=stats["sum"],
         abs_sum=stats["abs_sum"],
     )
@@ -152,10 +154,10 @@ def check_weights(llm: LLM, oracle: Oracle) -> None:
         stored = _stored_linear(method, name, stats.shape, tensors)
         weight = method.dequantize(stored).to(stats.dtype).T
         if (head := oracle.weight_heads.get(name)) is not None:
-            assert torch.equal(weight[: len(head)].to(head.dtype), head), f"{name}: other weights than the tool's"
+            assert torch.equal(weight[: len(head)], head), f"{name}: other weights than the tool's"
         sums = torch.stack([weight.double().sum(), weight.double().abs().sum()])
         wanted = torch.tensor([stats.sum, stats.abs_sum], dtype=torch.float64)
-        allowed = 1e-12 * stats.abs_sum  # of the order in which float64 adds them
+        allowed = 1e-10 * stats.abs_sum  # less than if one weight of 16 bits were rounded otherwise
         assert (sums - wanted).abs().max() <= allowed, f"{name}: sums {sums.tolist()}, wanted {wanted.tolist()}"
 
 
