@@ -15,17 +15,9 @@ from octavo_quant_awq.method import AWQMethod
 
 Array = npt.NDArray[Any]
 
-PREFIX = "model.layers.0.mlp.up_proj"
 GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column, of eight, that each nibble of a gemm word holds, from the lowest bits up."""
 NATURAL_ORDER = tuple(range(8))
-DTYPE_NAMES = {
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-}
 
 
 def pack(values: Array, order: tuple[int, ...]) -> torch.Tensor:
@@ -87,16 +79,6 @@ def store_gemv(codes: Array, zeros: Array | None, scales: torch.Tensor, group_si
         wide_zeros[:, : scales.shape[0]] = zeros.T
         tensors["qzeros"] = pack(wide_zeros, NATURAL_ORDER)
     return tensors
-
-
-def headers_of(tensors: Mapping[str, torch.Tensor], prefix: str = PREFIX) -> dict[str, TensorHeader]:
-    """What a safetensors file says of them."""
-    return {
-        f"{prefix}.{name}": TensorHeader(
-            shape=tuple(tensor.shape), dtype=DTYPE_NAMES[tensor.dtype], num_bytes=tensor.nbytes
-        )
-        for name, tensor in tensors.items()
-    }
 
 
 def make_method(config: Mapping[str, object], headers: Mapping[str, TensorHeader]) -> AWQMethod:

@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
-from awq_layers import PREFIX, headers_of, make_method, store
+from awq_layers import make_method, store
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import LinearShape
+from octavo.testing.stored_weight import PREFIX, headers_of
 
 SHAPE = LinearShape(in_features=256, out_features=48)
 GEMM_64 = {"version": "gemm", "group_size": 64}

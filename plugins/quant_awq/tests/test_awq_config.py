@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
-from awq_layers import PREFIX, headers_of, make_method, store
+from awq_layers import make_method, store
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import LinearShape
 from octavo.plugins.quantized_checkpoint import quantization_need
 from octavo.plugins.specs import QuantizationSpec
+from octavo.testing.stored_weight import PREFIX, headers_of
 from octavo_quant_awq import octavo_components
 from octavo_quant_awq.config import recognise
 

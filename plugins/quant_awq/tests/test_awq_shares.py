@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from awq_layers import PREFIX, headers_of, make_method, store
+from awq_layers import make_method, store
 
 from octavo.errors import ConfigError
 from octavo.interfaces import LinearShape, StoredLinear
 from octavo.nn.linear import LinearPart
+from octavo.testing.stored_weight import PREFIX, headers_of
 from octavo_quant_awq.method import AWQMethod
 
 SHAPE = LinearShape(in_features=256, out_features=64)
