@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.interfaces.linear_kernel import AffineWeight, LookupWeight, PackedWeight, WeightFacts
+from octavo.interfaces.linear_kernel import AffineWeight, LookupWeight, PackedWeight, WeightFacts, sparse_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,7 +208,7 @@ def _lookup(facts: WeightFacts, generator: torch.Generator) -> LookupWeight:
     outliers = None
     if facts.outliers:
         places = torch.rand(size, generator=generator) < 0.05
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch's, that sparse CSR may change
-            outliers = (torch.randn(size, generator=generator) * places).to_sparse_csr()
+        values = torch.randn(size, generator=generator)[places]
+        outliers = sparse_rows(places.sum(1), places.nonzero()[:, 1], values, facts.in_features)
     table = torch.randn(facts.out_features, 2**facts.bits, generator=generator) * 0.1
     return LookupWeight(bits=facts.bits, codes=_codes(facts, generator), table=table, outliers=outliers)
