@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,31 +12,20 @@ from torch.nn import functional
 
 from octavo.builtin.unquantized import Unquantized
 from octavo.interfaces.linear_kernel import (
+    AffineWeight,
     LinearKernel,
     LinearKernels,
     LookupWeight,
     PackedWeight,
     WeightFacts,
-    sparse_rows,
 )
 from octavo.interfaces.quantization import LinearShape, StoredLinear
-from octavo.packing import pack_columns, unpack_columns, words_for
 
 _MOST_WEIGHTS_AT_ONCE = 2**20
 """Dequantised at once: what a processor's cache holds."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _PackedCodes:
-    """A weight whose codes are packed again; `weight.codes` is empty.
-
-    Attributes:
-        words: [out_features, words_for(in_features, bits)] int32.
-    """
-
-    weight: PackedWeight
-    words: Tensor
-    in_features: int
+_FLOAT32_ROWS = 2
+"""Of x, up to which rounding the weights to 16 bits costs more than a product in float32."""
 
 
 class TorchPacked(LinearKernel):
@@ -48,33 +38,44 @@ class TorchPacked(LinearKernel):
         return []
 
     def num_bytes(self, facts: WeightFacts) -> int:
-        return 4 * facts.out_features * words_for(facts.in_features, facts.bits) + metadata_bytes(facts)
+        if facts.form == "lookup":
+            at_once = _codes_at_once(facts.bits)
+            codes = _packed_columns(-(-facts.in_features // at_once), at_once * facts.bits)
+            return facts.out_features * (codes + (4 << facts.bits))
+        codes = _packed_columns(facts.in_features, facts.bits)
+        num_groups = -(-facts.in_features // facts.group_size)
+        index = 4 * facts.in_features if facts.act_order else 0
+        return facts.out_features * (codes + num_groups * (2 if facts.symmetric else 3)) + index
 
     def prepare(self, weight: PackedWeight) -> object:
-        words = pack_columns(weight.codes, weight.bits).to(self.device)
-        return _PackedCodes(
-            weight=_without_codes(weight, self.device), words=words, in_features=weight.codes.shape[1]
+        order = None
+        if isinstance(weight, AffineWeight):
+            weight, order = _by_group(weight, self.device)
+        out_features, in_features = weight.codes.shape
+        step = max(1, _MOST_WEIGHTS_AT_ONCE // in_features)
+        rows = [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
+        return _Packed(
+            pieces=[_piece(weight, these, self.device) for these in rows],
+            order=order,
+            out_features=out_features,
         )
 
     def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:
-        assert isinstance(prepared, _PackedCodes)
-        y = x.new_empty(x.shape[0], prepared.words.shape[0])
-        for start, weight in self._pieces(prepared):
+        assert isinstance(prepared, _Packed)
+        y = x.new_empty(x.shape[0], prepared.out_features)
+        dtype = torch.float32 if x.shape[0] <= _FLOAT32_ROWS else self.dtype
+        x = (x if prepared.order is None else x.index_select(1, prepared.order)).to(dtype)
+        start = 0
+        for piece in prepared.pieces:
+            weight = piece.dequantize().to(dtype)
             end = start + weight.shape[0]
-            y[:, start:end] = functional.linear(x, weight, None if bias is None else bias[start:end])
+            y[:, start:end] = functional.linear(x, weight, None if bias is None else bias[start:end].to(dtype))
+            start = end
         return y
-
-    def _pieces(self, prepared: _PackedCodes) -> Iterator[tuple[int, Tensor]]:
-        """(first output, [outputs, in_features] in the model's dtype), one after another."""
-        step = max(1, _MOST_WEIGHTS_AT_ONCE // prepared.in_features)
-        for start in range(0, prepared.words.shape[0], step):
-            words = prepared.words[start : start + step]
-            codes = unpack_columns(words, prepared.weight.bits, prepared.in_features)
-            yield start, _rows(prepared.weight, start, codes).dequantize().to(self.dtype)
 
 
 class TorchDequantized(LinearKernel):
-    """y = x @ W.T + b, where W was dequantised into the model's dtype when it was loaded: fast, and as large as plain weights."""
+    """y = x @ W.T + b, where W was dequantised into the model's dtype at load: fast, and as large as plain weights."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         super().__init__(dtype, device)
@@ -96,36 +97,198 @@ class TorchDequantized(LinearKernel):
         return self._plain.apply(prepared, x, bias)
 
 
-def metadata_bytes(facts: WeightFacts) -> int:
-    """Of what stands beside the codes: 16-bit scales and 8-bit zeros of groups, or 32-bit codebooks."""
-    if facts.form == "lookup":
-        return 4 * facts.out_features * 2**facts.bits
-    num_groups = -(-facts.in_features // facts.group_size)
-    index = 4 * facts.in_features if facts.act_order else 0
-    return num_groups * facts.out_features * (2 if facts.symmetric else 3) + index
+class _Piece(ABC):
+    """Some outputs of a weight, packed."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """[outputs, in_features] float32."""
 
 
-def _without_codes(weight: PackedWeight, device: str) -> PackedWeight:
-    none = torch.empty(0, dtype=torch.uint8, device=device)
-    if isinstance(weight, LookupWeight):
-        outliers = None if weight.outliers is None else weight.outliers.to(device)
-        return replace(weight, codes=none, table=weight.table.to(device), outliers=outliers)
-    zeros = None if weight.zeros is None else weight.zeros.to(device)
-    index = None if weight.group_index is None else weight.group_index.to(device)
-    return replace(weight, codes=none, scales=weight.scales.to(device), zeros=zeros, group_index=index)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Packed:
+    """A weight in pieces; `order` [in_features] int32: of the inputs, None: their own."""
+
+    pieces: Sequence[_Piece]
+    order: Tensor | None
+    out_features: int
 
 
-def _rows(weight: PackedWeight, start: int, codes: Tensor) -> PackedWeight:
-    """Of these outputs only."""
-    rows = slice(start, start + codes.shape[0])
-    if isinstance(weight, LookupWeight):
-        outliers = None if weight.outliers is None else _csr_rows(weight.outliers, rows)
-        return replace(weight, codes=codes, table=weight.table[rows], outliers=outliers)
-    zeros = None if weight.zeros is None else weight.zeros[:, rows]
-    return replace(weight, codes=codes, scales=weight.scales[:, rows], zeros=zeros)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AffinePiece(_Piece):
+    """As AffineWeight, outputs first.
+
+    Attributes:
+        codes: [outputs, ...] uint8, of `_pack`.
+        scales: [outputs, num_groups]. zeros: as they are; None: 2 ** (bits - 1).
+        group_index: [in_features] int32, of groups that are no slices of the inputs.
+    """
+
+    codes: Tensor
+    bits: int
+    in_features: int
+    scales: Tensor
+    zeros: Tensor | None
+    group_size: int
+    group_index: Tensor | None
+
+    def dequantize(self) -> Tensor:
+        codes = _unpack(self.codes, self.bits, self.in_features)
+        dtype = torch.int8 if self.bits < 8 else torch.int16  # of code - zero
+        differences = codes.view(torch.int8) if dtype == torch.int8 else codes.to(dtype)
+        if self.zeros is None:
+            differences -= 2 ** (self.bits - 1)
+        else:
+            for group, zeros in self._groups(differences, self.zeros.to(dtype)):
+                group -= zeros
+        weight = differences.float()
+        for group, scales in self._groups(weight, self.scales.float()):
+            group *= scales
+        return weight
+
+    def _groups(self, of_inputs: Tensor, of_groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """[outputs, groups, size] and [outputs, groups, 1]: of all whole groups, then of a shorter last one."""
+        size = self.group_size
+        if self.group_index is not None:
+            of_groups, size = of_groups.index_select(1, self.group_index), 1
+        num_whole = self.in_features // size
+        yield of_inputs[:, : num_whole * size].view(-1, num_whole, size), of_groups[:, :num_whole, None]
+        if self.in_features % size:
+            yield of_inputs[:, None, num_whole * size :], of_groups[:, num_whole:, None]
 
 
-def _csr_rows(matrix: Tensor, rows: slice) -> Tensor:
-    starts = matrix.crow_indices()[rows.start : rows.stop + 1]
-    values = slice(int(starts[0]), int(starts[-1]))
-    return sparse_rows(starts.diff(), matrix.col_indices()[values], matrix.values()[values], matrix.shape[1])
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LookupPiece(_Piece):
+    """As LookupWeight; two codes of up to 4 bits are looked up at once, as one number.
+
+    Attributes:
+        codes: [outputs, ...] uint8, of `_pack`.
+        table: [outputs, 2 ** bits] float32.
+        positions: [outliers] int32, output * columns + input; columns: in_features, made even where codes are pairs.
+        outliers: [outliers] float32, at these positions.
+    """
+
+    codes: Tensor
+    bits: int
+    in_features: int
+    table: Tensor
+    positions: Tensor | None
+    outliers: Tensor | None
+
+    def dequantize(self) -> Tensor:
+        at_once = _codes_at_once(self.bits)
+        codes = _unpack(self.codes, at_once * self.bits, -(-self.in_features // at_once)).long()
+        if at_once == 1:
+            weight = self.table.gather(1, codes)
+        else:
+            # A complex number is two floats side by side, which one look-up finds: twice as fast as one by one.
+            pairs = torch.complex(self.table[:, None, :], self.table[:, :, None])
+            weight = torch.view_as_real(pairs.flatten(1).gather(1, codes)).flatten(1)
+        if self.positions is not None and self.outliers is not None:
+            weight.view(-1).index_add_(0, self.positions, self.outliers)
+        return weight[:, : self.in_features]
+
+
+def _piece(weight: PackedWeight, rows: slice, device: str) -> _Piece:
+    codes, in_features = weight.codes[rows].to(device), weight.codes.shape[1]
+    if isinstance(weight, AffineWeight):
+        return _AffinePiece(
+            codes=_pack(codes, weight.bits),
+            bits=weight.bits,
+            in_features=in_features,
+            scales=_transposed(weight.scales[:, rows], device),
+            zeros=None if weight.zeros is None else _transposed(weight.zeros[:, rows], device),
+            group_size=weight.facts.group_size,
+            group_index=weight.group_index,
+        )
+    if _codes_at_once(weight.bits) == 2:
+        codes = functional.pad(codes, (0, in_features % 2))
+        codes = codes[:, 0::2] | codes[:, 1::2] << weight.bits
+    positions, outliers = _outliers(weight, rows)
+    return _LookupPiece(
+        codes=_pack(codes, _codes_at_once(weight.bits) * weight.bits),
+        bits=weight.bits,
+        in_features=in_features,
+        table=weight.table[rows].to(device, torch.float32, copy=True),
+        positions=None if positions is None else positions.to(device),
+        outliers=None if outliers is None else outliers.to(device),
+    )
+
+
+def _by_group(weight: AffineWeight, device: str) -> tuple[AffineWeight, Tensor | None]:
+    """Its inputs in the order of their groups, and this order, where each group has then its whole size."""
+    if weight.group_index is None:
+        return weight, None
+    groups = weight.group_index.long()
+    order = groups.argsort(stable=True)
+    in_slices = torch.arange(len(order), device=order.device) // weight.group_size
+    if not torch.equal(groups[order], in_slices):
+        return replace(weight, group_index=weight.group_index.to(device, copy=True)), None
+    return replace(weight, codes=weight.codes[:, order], group_index=None), order.int().to(device)
+
+
+def _transposed(matrix: Tensor, device: str) -> Tensor:
+    """A contiguous copy."""
+    return matrix.T.clone(memory_format=torch.contiguous_format).to(device)
+
+
+def _outliers(weight: LookupWeight, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Positions in the dequantised piece, and values."""
+    if weight.outliers is None:
+        return None, None
+    starts = weight.outliers.crow_indices()[rows.start : rows.stop + 1].long()
+    outputs = torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
+    at_once = _codes_at_once(weight.bits)
+    num_columns = at_once * -(-weight.codes.shape[1] // at_once)
+    here = slice(int(starts[0]), int(starts[-1]))
+    positions = outputs * num_columns + weight.outliers.col_indices()[here]
+    return positions.int(), weight.outliers.values()[here].clone()
+
+
+def _codes_at_once(bits: int) -> int:
+    """Of a lookup weight: two make a number of at most 8 bits."""
+    return 2 if bits <= 4 else 1
+
+
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """(width, shift) of the parts of a code that bytes hold in whole numbers: 3 bits are 2 and 1."""
+    return [(width, bits & -(2 * width)) for width in (8, 4, 2, 1) if bits & width]
+
+
+def _packed_columns(num_codes: int, bits: int) -> int:
+    """Bytes of an output."""
+    fields = 8 // _planes(bits)[-1][0]
+    return -(-num_codes // fields) * fields * bits // 8
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """[outputs, num_codes] uint8 -> [outputs, bytes] uint8, plane after plane.
+
+    The first field of a plane's bytes holds its first codes, the second those that follow: so unpacking writes slices.
+    """
+    planes = []
+    num_columns = _packed_columns(codes.shape[1], bits) * 8 // bits
+    codes = functional.pad(codes, (0, num_columns - codes.shape[1]))
+    for width, shift in _planes(bits):
+        plane = torch.zeros(codes.shape[0], num_columns * width // 8, dtype=torch.uint8, device=codes.device)
+        for index, field in enumerate(codes.chunk(8 // width, dim=1)):
+            plane |= (field >> shift & 2**width - 1) << (index * width)
+        planes.append(plane)
+    return torch.cat(planes, dim=1)
+
+
+def _unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
+    """The inverse of `_pack`: [outputs, num_codes] uint8."""
+    num_columns = packed.shape[1] * 8 // bits
+    codes = torch.empty(packed.shape[0], num_columns, dtype=torch.uint8, device=packed.device)
+    start = 0
+    for number, (width, shift) in enumerate(_planes(bits)):
+        plane = packed[:, start : start + num_columns * width // 8]
+        start += plane.shape[1]
+        for index, field in enumerate(codes.chunk(8 // width, dim=1)):
+            part = (plane >> (index * width) & 2**width - 1) << shift
+            if number == 0:
+                field.copy_(part)
+            else:
+                field |= part
+    return codes[:, :num_codes]
