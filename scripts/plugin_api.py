@@ -22,6 +22,7 @@ SIGNATURES = (
     "octavo.errors",
     "octavo.interfaces",
     "octavo.model_config",
+    "octavo.packing",
     "octavo.plugins.specs",
     "octavo.request",
     "octavo.sampling_params",

@@ -21,6 +21,7 @@ PLUGIN_PACKAGES = sorted(path.parent for path in ROOT.glob("plugins/*/octavo_*/_
 LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # layer: (its modules and packages, the layers below that it may import)
     "data": (("errors", "_lazy", "sampling_params", "outputs", "request", "config", "model_config", "progress"), ()),
+    "packing": (("packing",), ()),
     "specs": (("plugins.specs", "plugins.hookspecs"), ("data",)),
     "interfaces": (("interfaces",), ("data", "specs")),
     "plugins": (("plugins",), ("data", "specs", "interfaces")),
@@ -47,7 +48,10 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("block_pool", "scheduler", "engine", "processors", "selection"),
         ),
     ),
-    "explanation": (("explanation",), ("data", "specs", "interfaces", "plugins", "settings", "selection")),
+    "explanation": (
+        ("explanation",),
+        ("data", "specs", "interfaces", "plugins", "settings", "selection", "plan"),
+    ),
     "entry": (
         ("llm", "async_llm"),
         ("data", "interfaces", "text", "engine", "processors", "beam_search", "settings", "assembly", "explanation"),
@@ -61,7 +65,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("processors", "entry", "bench", "perplexity"),
         ),
     ),
-    "builtin": (("builtin",), ("data", "specs", "interfaces", "nn", "runner")),
+    "builtin": (("builtin",), ("data", "packing", "specs", "interfaces", "nn", "runner")),
     "testing": (
         ("testing",),
         (
@@ -76,6 +80,7 @@ PUBLISHED = (
     "octavo.errors",
     "octavo.interfaces",
     "octavo.model_config",
+    "octavo.packing",
     "octavo.plugins.specs",
     "octavo.request",
     "octavo.sampling_params",
