@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "tensor_parallel_size": 1,
     "attention": "auto",
     "quantization": "auto",
+    "linear_kernel": "auto",
     "kernels": "auto",
     "scheduler": "auto",
     "executor": "auto",

@@ -349,3 +349,40 @@ def test_tokenizer_is_read_without_torch_and_without_weights(folder: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# ---------------------------------------------------------------------------------------- quantized checkpoints
+
+
+def test_configuration_of_config_json_wins_over_a_file_beside_it(folder: Path) -> None:
+    write_json(folder, "config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    write_json(folder, "quantize_config.json", {"bits": 8})
+    assert HuggingFaceCheckpoint(str(folder)).config()["quantization_config"] == {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_quantization_config_of_older_tools_is_read_from_a_file_beside_config_json(folder: Path, name: str) -> None:
+    write_json(folder, name, {"w_bit": 4})
+    assert HuggingFaceCheckpoint(str(folder)).config()["quantization_config"] == {"w_bit": 4}
+
+
+def test_plain_checkpoint_has_no_quantization_config(folder: Path) -> None:
+    assert "quantization_config" not in HuggingFaceCheckpoint(str(folder)).config()
+
+
+def test_single_file_of_another_name_is_read(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    assert_whole(read(folder))
+
+
+def test_of_several_files_without_an_index_none_is_taken(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    save_file(WEIGHTS, folder / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"Which of one\.safetensors, two\.safetensors is meant"):
+        read(folder)
+
+
+def test_one_shard_alone_is_not_taken_for_the_whole(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="has no weights"):
+        read(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from affine_plugin import install_affine_plugin
 from llama_configs import LLAMA_3_8B, LLAMA_3_70B, write_config
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_llama
@@ -336,6 +337,23 @@ def test_packed_weights_and_their_scales_are_counted(num_ranks: int, site_packag
     table_bytes, norm_bytes = 2 * 2 * 128256 * 4096, 2 * (32 * 2 * 4096 + 4096)
     assert plan.weight_bytes == (linear_bytes + table_bytes) // num_ranks + norm_bytes
     assert plan.sizes.bits_per_weight == 8 * (linear_bytes + table_bytes + norm_bytes) / 8_030_261_248
+
+
+EIGHT = {**LLAMA_3_8B, "quantization_config": {"quant_method": "eight"}}
+
+
+@pytest.mark.parametrize(("kernel", "num_bytes"), [("auto", 3), ("torch-dequantized", 2)])
+def test_packed_weights_count_as_their_linear_kernel_keeps_them(
+    kernel: str, num_bytes: int, site_packages: Any, tmp_path: Path
+) -> None:
+    install_affine_plugin(site_packages)
+    plan = plan_of(tmp_path, EIGHT, linear_kernel=kernel)
+    plain = plan_of(tmp_path, LLAMA_3_8B)
+    # The kernel "wide" does not serve down, which the built-in keeps in bytes beside a scale for each output.
+    widening = 32 * ((4096 + 1024 + 1024) * 4096 + 4096 * 4096 + 2 * 14336 * 4096)
+    narrowing = 32 * 14336 * 4096
+    packed = narrowing + 32 * 2 * 4096 if kernel == "auto" else num_bytes * narrowing
+    assert plan.weight_bytes == plain.weight_bytes - 2 * (widening + narrowing) + num_bytes * widening + packed
 
 
 @pytest.mark.parametrize(

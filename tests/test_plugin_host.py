@@ -20,6 +20,7 @@ SOCKETS = {
     "checkpoint": "Checkpoint",
     "executor": "Executor",
     "kernels": "Kernels",
+    "linear_kernel": "LinearKernel",
     "logits_rule": "LogitsRule",
     "model": "ModelArchitecture",
     "quantization": "QuantizationMethod",

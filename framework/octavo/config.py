@@ -155,7 +155,9 @@ class EngineConfig(BaseModel):
             value = [word.strip() for word in value.split(",") if word.strip()]
         return [_component(one) for one in value] if isinstance(value, (list, tuple)) else value
 
-    @field_validator("attention", "quantization", "linear_kernel", "kernels", "scheduler", "executor", "proposer", mode="before")
+    @field_validator(
+        "attention", "quantization", "linear_kernel", "kernels", "scheduler", "executor", "proposer", mode="before"
+    )
     @classmethod
     def _name_is_short_for_component(cls, value: object, info: ValidationInfo) -> object:
         return cls.model_fields[str(info.field_name)].default if value is None else _component(value)

@@ -12,7 +12,7 @@ from octavo.plugins.registry import Registry
 from octavo.plugins.specs import Spec
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
-KINDS = ("attention", "quantization", "kernels", "scheduler", "executor", "proposer")
+KINDS = ("attention", "quantization", "linear_kernel", "kernels", "scheduler", "executor", "proposer")
 
 
 def check_components(registry: Registry, config: EngineConfig) -> None:
@@ -105,6 +105,7 @@ def _wishes(config: EngineConfig) -> Iterator[tuple[str, ComponentConfig]]:
     for side in config.attention.wishes:
         yield "attention", side
     yield "quantization", config.quantization
+    yield "linear_kernel", config.linear_kernel
     yield "kernels", config.kernels
     yield "scheduler", config.scheduler
     yield "executor", config.executor

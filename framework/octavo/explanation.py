@@ -6,12 +6,16 @@ Made from the very Selection an engine is built from, before any weight is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.interfaces.manifest import ChosenComponent
+from octavo.plan.sizes import Sizer
 from octavo.plugins.registry import Candidate, Choice, Choices
 from octavo.plugins.specs import SPEC_KINDS, AttentionSpec
 from octavo.selection import Selection, select
@@ -59,6 +63,24 @@ class ExplainedSocket:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainedLinears:
+    """Quantized linears of one kind, and what multiplies them.
+
+    Attributes:
+        names: their checkpoint names, layers' numbers written as "*", those of one product with "+" between.
+        weight: what kernels were told of it.
+        kernel: the name of the one that serves; None: none does.
+        refused: name -> reasons of the kernels that were asked before and cannot serve.
+    """
+
+    names: str
+    count: int
+    weight: str
+    kernel: str | None
+    refused: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EffectiveSetting:
     """A value as the engine uses it; `value` is plain data."""
 
@@ -73,6 +95,7 @@ class Explanation:
 
     Attributes:
         sockets: in the order of SOCKETS.
+        linears: which linear kernel serves which quantized linears; empty where the model has none.
         failed_plugins: name -> state, reason and place, of each plugin that is not loaded.
     """
 
@@ -80,13 +103,14 @@ class Explanation:
     model_path: str
     architecture: str
     sockets: tuple[ExplainedSocket, ...]
+    linears: tuple[ExplainedLinears, ...]
     settings: tuple[EffectiveSetting, ...]
     failed_plugins: Mapping[str, str]
 
     @property
     def can_run(self) -> bool:
         """Whether every socket has a component."""
-        return not any(socket.error for socket in self.sockets)
+        return not any(socket.error for socket in self.sockets) and all(one.kernel for one in self.linears)
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -120,7 +144,8 @@ def explain_selection(selection: Selection, settings: Settings) -> Explanation:
         model=selection.config.model,
         model_path=str(selection.files.path),
         architecture=selection.files.model_config.architecture,
-        sockets=tuple(_sockets(selection)),
+        sockets=(sockets := tuple(_sockets(selection))),
+        linears=() if any(socket.error for socket in sockets) else tuple(_linears(selection)),
         settings=tuple(_effective(selection, settings)),
         failed_plugins={plugin.name: plugin.fault for plugin in selection.registry.failed_plugins},
     )
@@ -139,6 +164,30 @@ def _sockets(selection: Selection) -> Iterator[ExplainedSocket]:
                 candidates=tuple(_candidate(one, name) for one in choice.candidates),
                 error=None if error is None else str(error),
             )
+
+
+def _linears(selection: Selection) -> Iterator[ExplainedLinears]:
+    if not selection.linear_kernels.components:
+        return
+    same: Counter[tuple[str, str]] = Counter()
+    asked: dict[tuple[str, str], Mapping[str, Sequence[str]]] = {}
+    for part, reasons in Sizer(selection, max_lora_rank=0).linears():
+        first, *others = part.prefixes
+        names = "+".join([first, *(other.rpartition(".")[2] for other in others)])
+        kind = re.sub(r"\.\d+(?=\.)", ".*", names), str(part.facts)
+        asked[kind] = reasons
+        same[kind] += 1
+    for (names, weight), count in same.items():
+        reasons = asked[names, weight]
+        kernel = next((name for name, against in reasons.items() if not against), None)
+        asked_before = list(reasons).index(kernel) if kernel else len(reasons)
+        yield ExplainedLinears(
+            names=names,
+            count=count,
+            weight=weight,
+            kernel=kernel,
+            refused={name: tuple(against) for name, against in islice(reasons.items(), asked_before)},
+        )
 
 
 def _draft_model_error(selection: Selection) -> OctavoError | None:
@@ -248,6 +297,9 @@ def _lines(explanation: Explanation) -> Iterator[str]:
             yield "    none installed"
         if socket.error:
             yield f"  ! {socket.error}"
+    if explanation.linears:
+        yield "\nquantized linears"
+        yield from _linear_lines(explanation.linears)
     if explanation.failed_plugins:
         yield "\nplugins that are not loaded"
         yield from (f"  {name}: {fault}" for name, fault in explanation.failed_plugins.items())
@@ -256,6 +308,21 @@ def _lines(explanation: Explanation) -> Iterator[str]:
     # A long list takes the room it needs, without pushing every other row's source away.
     widths = [max(len(row[column]) for row in rows if len(row[column]) <= _WIDEST) for column in (0, 1)]
     yield from (f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
+
+
+def _linear_lines(linears: Sequence[ExplainedLinears]) -> Iterator[str]:
+    rows = [
+        (
+            f"{one.count} x {one.names}",
+            one.weight,
+            one.kernel or "no kernel serves",
+            "; ".join(f"not {other}: {', '.join(reasons)}" for other, reasons in one.refused.items()),
+        )
+        for one in linears
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for names, weight, kernel, refused in rows:
+        yield f"  {names:<{widths[0]}}  {weight:<{widths[1]}}  {kernel:<{widths[2]}}  {refused}".rstrip()
 
 
 def _verdict(one: ExplainedCandidate, socket: ExplainedSocket) -> str:

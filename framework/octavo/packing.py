@@ -56,7 +56,7 @@ def pack_columns(codes: Tensor, bits: int, *, planar: bool = False) -> Tensor:
     """
     rows, columns = codes.shape
     num_blocks = -(-columns // CODES_PER_BLOCK)
-    padded = codes.new_zeros(rows, num_blocks * CODES_PER_BLOCK, dtype=torch.int64)
+    padded = codes.new_zeros(rows, num_blocks * CODES_PER_BLOCK, dtype=torch.uint8)
     padded[:, :columns] = codes
     blocks = padded.view(rows, num_blocks, CODES_PER_BLOCK)
     planes = _planes(bits) if planar else [(bits, 0)]
@@ -86,21 +86,25 @@ def _planes(bits: int) -> list[tuple[int, int]]:
 
 def _unpack_blocks(words: Tensor, bits: int) -> Tensor:
     """[rows, blocks, bits] int32 -> [rows, blocks, 32] uint8."""
+    in_bytes = words.contiguous().view(torch.uint8)
+    mask = 2**bits - 1
     if WORD_BITS % bits == 0:  # through bytes: eight times less memory than whole words
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        in_bytes = words.contiguous().view(torch.uint8)
-        return ((in_bytes.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+        return torch.flatten((in_bytes.unsqueeze(-1) >> shifts) & mask, -2)
     starts = torch.arange(0, CODES_PER_BLOCK * bits, bits, device=words.device)
-    in_bytes = words.contiguous().view(torch.uint8)
     in_bytes = torch.nn.functional.pad(in_bytes, (0, 1))
     low, high = in_bytes[..., starts // 8].int(), in_bytes[..., starts // 8 + 1].int()
-    return (((low | (high << 8)) >> (starts % 8).int()) & (2**bits - 1)).to(torch.uint8)
+    return torch.bitwise_and((low | (high << 8)) >> (starts % 8).int(), mask).to(torch.uint8)
 
 
 def _pack_blocks(codes: Tensor, bits: int) -> Tensor:
-    """[rows, blocks, 32] int64 -> [rows, blocks, bits] int32."""
-    shifts = torch.arange(bits, device=codes.device)
-    stream = ((codes.unsqueeze(-1) >> shifts) & 1).flatten(-2)  # one bit an element
-    weights = 1 << torch.arange(WORD_BITS, dtype=torch.int64, device=codes.device)
-    words = (stream.unflatten(-1, (bits, WORD_BITS)) * weights).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    """[rows, blocks, 32] uint8 -> [rows, blocks, bits] int32."""
+    if WORD_BITS % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+        in_bytes = (codes.view(*codes.shape[:-1], -1, 8 // bits) << shifts).sum(-1, dtype=torch.uint8)
+        return in_bytes.view(torch.int32)
+    starts = torch.arange(0, 8 * bits, bits, device=codes.device)
+    # 8 codes are `bits` whole bytes.
+    of_eight = (codes.view(*codes.shape[:-1], -1, 8).long() << starts).sum(-1, keepdim=True)
+    in_bytes = (of_eight >> torch.arange(0, 8 * bits, 8, device=codes.device)).to(torch.uint8)
+    return torch.flatten(in_bytes, -2).view(torch.int32)

@@ -203,7 +203,8 @@ def _without_its_own_code(choice: Choice, checkpoint: Checkpoint) -> Choice:
 
 def _choose_linear_kernels(registry: Registry, method: Choice, wish: ComponentConfig, need: Need) -> Choices:
     """Every kernel that can multiply with the method's weights, or only the one that was named."""
-    form = next((one.spec.weight_form for one in method.candidates if one.chosen), "")
+    specs = [one.spec for one in method.candidates if one.chosen]
+    form = next((spec.weight_form for spec in specs if isinstance(spec, QuantizationSpec)), "")
     if not form:
         return Choices(kind="linear_kernel", candidates=())
     named = [] if wish.name == "auto" else [(wish.name, wish.options)]
@@ -232,7 +233,10 @@ def _select_draft_model(
     specs = [one.spec for one in proposer.candidates if one.chosen] if proposer is not None else []
     if proposer is None or not any(isinstance(spec, ProposerSpec) and spec.draft_model for spec in specs):
         return None
-    about_one = ("tokenizer", "revision", "quantization", "linear_kernel", "kv_cache_memory_bytes", "logits_rules", "proposer")
+    about_one = (
+        *("tokenizer", "revision", "quantization", "linear_kernel"),
+        *("kv_cache_memory_bytes", "logits_rules", "proposer"),
+    )
     settings = {name: value for name, value in config.model_dump().items() if name not in about_one}
     options = proposer.get().options
     settings |= {name: options[name] for name in EngineConfig.model_fields if options.get(name) is not None}

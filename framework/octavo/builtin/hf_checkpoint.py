@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"-of-\d+\.")
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")
+"""Where tools older than config.json's quantization_config say it."""
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -35,7 +39,12 @@ class HuggingFaceCheckpoint(Checkpoint):
     def config(self) -> Mapping[str, Any]:
         if not (self._folder / "config.json").is_file():
             raise CheckpointError(f"{self._folder} has no config.json; without it the model's sizes are unknown.")
-        return self._json("config.json")
+        config = self._json("config.json")
+        if config.get("quantization_config"):
+            return config
+        beside = (self._json(name) for name in _QUANTIZATION_FILES)
+        quantization = next((found for found in beside if found), None)
+        return config if quantization is None else {**config, "quantization_config": quantization}
 
     def generation_config(self) -> Mapping[str, Any]:
         return self._json("generation_config.json")
@@ -106,13 +115,18 @@ class HuggingFaceCheckpoint(Checkpoint):
             return self._indexed_shards()
         if (self._folder / _SINGLE).is_file():
             return {self._folder / _SINGLE: None}
+        # Older quantization tools name the one file after the method: gptq_model-4bit-128g.safetensors.
+        others = list(self._folder.glob("*.safetensors"))
+        if len(others) == 1 and not _SHARD.search(others[0].name):
+            return {others[0]: None}
         pickled = sorted(path.name for pattern in _PICKLES for path in self._folder.glob(pattern))
         if pickled:
             raise CheckpointError(
                 f"{self._folder} has its weights only as Python pickles ({_some(pickled)}), which can run any "
                 "code when opened and are not read; convert them to safetensors."
             )
-        raise CheckpointError(f"{self._folder} has no weights: neither {_SINGLE} nor {_INDEX} is there.")
+        found = f" Which of {_some(sorted(other.name for other in others))} is meant cannot be told." if others else ""
+        raise CheckpointError(f"{self._folder} has no weights: neither {_SINGLE} nor {_INDEX} is there.{found}")
 
     def _indexed_shards(self) -> dict[Path, list[str] | None]:
         weight_map = self._json(_INDEX).get("weight_map")

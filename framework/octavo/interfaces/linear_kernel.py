@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -39,11 +39,22 @@ class WeightFacts:
     symmetric: bool = False
     outliers: bool = False
 
+    def join(self, other: WeightFacts) -> WeightFacts | None:
+        """Of both as one weight, the outputs of `other` behind its own; None: they cannot be one."""
+        symmetric, outputs = self.symmetric and other.symmetric, self.out_features + other.out_features
+        whole = replace(self, out_features=outputs, symmetric=symmetric, outliers=self.outliers or other.outliers)
+        alike = replace(other, out_features=outputs, symmetric=symmetric, outliers=whole.outliers)
+        return whole if whole == alike else None
+
     def __str__(self) -> str:
         groups = "no groups" if self.group_size >= self.in_features else f"groups of {self.group_size}"
         more = [
             word
-            for word, said in (("act-order", self.act_order), ("asymmetric", self._asymmetric), ("sparse", self.outliers))
+            for word, said in (
+                ("act-order", self.act_order),
+                ("asymmetric", self._asymmetric),
+                ("sparse", self.outliers),
+            )
             if said
         ]
         words = [f"{self.bits} bits", *([groups] if self.form == "affine" else ["lookup"]), *more]
@@ -248,12 +259,9 @@ class PreparedLinear:
             kernel, prepared, _ = self._pieces[0]
             return kernel.apply(prepared, x, bias)
         sizes = [size for _, _, size in self._pieces]
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
         return torch.cat(
-            [
-                kernel.apply(prepared, x, part)
-                for (kernel, prepared, _), part in zip(self._pieces, biases, strict=True)
-            ],
+            [kernel.apply(prepared, x, part) for (kernel, prepared, _), part in zip(self._pieces, biases, strict=True)],
             dim=-1,
         )
 

@@ -21,7 +21,7 @@ from octavo.interfaces.quantization import QuantizationMethod
 from octavo.model_config import RopeConfig
 from octavo.nn.attention import Attention
 from octavo.nn.embedding import Embedding
-from octavo.nn.linear import Linear, LinearPart, Stack, StackedLinear
+from octavo.nn.linear import Linear, LinearPart, PackedPart, Stack, StackedLinear
 from octavo.nn.norm import RMSNorm
 from octavo.nn.parameter import Parameter
 from octavo.nn.rotary import RotaryTable, rotary_bytes_per_position
@@ -68,6 +68,7 @@ class DeviceLayerFactory(LayerFactory):
     Attributes:
         linears: every linear made so far but the head: what LoRA adapters may be trained for.
         rotations: the distinct (rope, head_dim) that attention layers named, in the order of ForwardContext.rotary.
+        packed: those whose product linear kernels compute, the head's too.
         num_weights: numbers in the whole layers made so far, before quantization; a tied head's are counted again.
     """
 
@@ -81,6 +82,7 @@ class DeviceLayerFactory(LayerFactory):
         plain: QuantizationMethod | None = None,
     ) -> None:
         self.linears: list[LinearPart] = []
+        self.packed: list[PackedPart] = []
         self.rotations: list[tuple[RopeConfig, int]] = []
         self.num_weights = 0
         self._method = method
@@ -94,6 +96,14 @@ class DeviceLayerFactory(LayerFactory):
         """What ForwardContext.rotary is gathered from."""
         method = self._method
         return [RotaryTable(*rotation, max_model_len, method.dtype, method.device) for rotation in self.rotations]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights on one device once they are prepared."""
+        kernels = self._method.kernels
+        return self._loader.expected_bytes + sum(
+            kernels.choose(part.facts).num_bytes(part.facts) - part.stored_bytes for part in self.packed
+        )
 
     @property
     def rotary_bytes_per_position(self) -> int:
@@ -234,7 +244,9 @@ class DeviceLayerFactory(LayerFactory):
 
     def _linear(self, parts: Sequence[LinearPart], bias: bool) -> Linear:
         self.num_weights += sum(part.out_features * (part.in_features + bias) for part in parts)
-        return Linear(self._method_of(parts[0]), self._loader, parts, bias=bias)
+        linear = Linear(self._method_of(parts[0]), self._loader, parts, bias=bias)
+        self.packed += linear.packed
+        return linear
 
     def _method_of(self, part: LinearPart) -> QuantizationMethod:
         return self._method if self._method.quantizes(part.stored_prefix) else self._plain

@@ -119,15 +119,24 @@ class LinearPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedPart:
-    """A linear whose product linear kernels compute, as one device holds it.
+    """Linears of one input whose product a linear kernel computes at once, as one device holds them.
 
     Attributes:
-        stored_bytes: of its tensors in the checkpoint, without the bias.
+        prefixes: their checkpoint names.
+        facts: of their weights, joined.
+        stored_bytes: of their tensors in the checkpoint, without the bias.
     """
 
-    prefix: str
+    prefixes: tuple[str, ...]
     facts: WeightFacts
     stored_bytes: int
+
+    def join(self, other: PackedPart) -> PackedPart | None:
+        """Both; None: their weights cannot be one."""
+        if (facts := self.facts.join(other.facts)) is None:
+            return None
+        stored_bytes = self.stored_bytes + other.stored_bytes
+        return PackedPart(prefixes=self.prefixes + other.prefixes, facts=facts, stored_bytes=stored_bytes)
 
 
 class Linear:
@@ -158,7 +167,7 @@ class Linear:
             specs = method.parameters(part.stored_prefix, part.shape)
             if (facts := method.facts(part.stored_prefix, part.shape_of_one)) is not None:
                 stored_bytes = sum(part.num_bytes(spec, method.dtype) for spec in specs if spec.name != _BIAS)
-                self.packed.append(PackedPart(prefix=part.prefix, facts=facts, stored_bytes=stored_bytes))
+                self._pack(PackedPart(prefixes=(part.prefix,), facts=facts, stored_bytes=stored_bytes))
             if bias and all(spec.name != _BIAS for spec in specs):
                 specs = (*specs, ParameterSpec(name=_BIAS, shape=(part.out_features,), output_axis=0))
             for spec in specs:
@@ -167,6 +176,10 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._method.apply(self._prepared, x, self._bias)
+
+    def _pack(self, part: PackedPart) -> None:
+        joined = self.packed[-1].join(part) if self.packed else None
+        self.packed[-1:] = [*self.packed[-1:], part] if joined is None else [joined]
 
     def _receiver(self, tensors: dict[str, Tensor], name: str) -> Receiver:
         def receive(tensor: Tensor) -> None:
@@ -187,7 +200,10 @@ class Linear:
                 ]
             ).to(self._method.device, self._method.dtype)
         self._prepared = self._method.prepare(
-            [StoredLinear(prefix=part.stored_prefix, shape=part.shape_of_one, tensors=tensors) for part, tensors in self._parts]
+            [
+                StoredLinear(prefix=part.stored_prefix, shape=part.shape_of_one, tensors=tensors)
+                for part, tensors in self._parts
+            ]
         )
         self._parts = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -13,6 +13,7 @@ from octavo.interfaces.checkpoint import TensorHeader
 from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.model import ModelArchitecture
 from octavo.nn.factory import DeviceLayerFactory, build_linears, heads_of_one_rank
+from octavo.nn.linear import PackedPart
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import Need
@@ -113,20 +114,27 @@ class Sizer:
         model, _, loader = self._build(1)
         loader.check({name: header.shape for name, header in headers.items()}, model.ignored_names())
 
+    def linears(self) -> Iterator[tuple[PackedPart, Mapping[str, Sequence[str]]]]:
+        """Every linear that kernels multiply, on one device, with each kernel's reasons against it."""
+        _, factory, _ = self._build(1)
+        for part in factory.packed:
+            yield part, self._method.kernels.ask(part.facts)
+
     def _sizes_of(self, num_ranks: int) -> RankSizes:
         model_config = self._selection.files.model_config
-        _, factory, loader = self._build(num_ranks)
+        _, factory, _ = self._build(num_ranks)
         heads, kv_heads = heads_of_one_rank(model_config.num_heads, model_config.num_kv_heads, num_ranks)
         need = replace(self._selection.attention_need, num_heads=heads, num_kv_heads=kv_heads)
         layout = build_attention(*self._attention, need).kv_layout()
         shapes = [part.shape_of_one for part in factory.linears]
         widest = max((max(shape.in_features, shape.out_features) for shape in shapes), default=0)
         lora_features = sum(shape.in_features + shape.out_features for shape in shapes)
-        whole_bytes = sum(one.num_bytes for several in loader.expected.values() for one in several)
         return RankSizes(
             num_ranks=num_ranks,
-            weight_bytes=loader.expected_bytes,
-            bits_per_weight=8 * whole_bytes / factory.num_weights,
+            weight_bytes=factory.weight_bytes,
+            bits_per_weight=(
+                8 * factory.weight_bytes / factory.num_weights if num_ranks == 1 else self.sizes_of(1).bits_per_weight
+            ),
             rotary_bytes_per_position=factory.rotary_bytes_per_position,
             adapter_bytes=self._max_lora_rank * lora_features * self._dtype.itemsize,
             kv_bytes_per_block=layout.bytes_per_block * model_config.num_layers,

@@ -52,7 +52,9 @@ class QuantizationNeed(Need):
 
     def advice(self, specs: Iterable[Spec]) -> str:
         """The formats installed, and how to add this one."""
-        known = sorted({name for spec in specs if isinstance(spec, QuantizationSpec) for name in spec.formats} - {"none"})
+        known = sorted(
+            {name for spec in specs if isinstance(spec, QuantizationSpec) for name in spec.formats} - {"none"}
+        )
         return (
             f"Load the model unquantized, or in one of the formats installed: {_list(tuple(known)) or 'none'}. A plugin "
             f"adds this one with QuantizationSpec(formats=({self.format!r},), target=...), where the target is an "

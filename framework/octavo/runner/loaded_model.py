@@ -116,7 +116,7 @@ def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
         rotary=rotary,
         attention=attention,
         kernels=kernels,
-        weight_bytes=loader.num_bytes,
+        weight_bytes=factory.weight_bytes,
     )
 
 
