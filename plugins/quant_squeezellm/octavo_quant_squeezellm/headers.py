@@ -42,15 +42,26 @@ def configured_bits(config: Mapping[str, object]) -> int | None:
     return said if isinstance(said, int) else None
 
 
-def bits_of(found: Mapping[str, TensorHeader]) -> int:
-    """Of a code, by the size of a codebook, which `check` has seen."""
-    return _BITS_OF_TABLE[found["lookup_table"].shape[1]]
+def bits_of(prefix: str, found: Mapping[str, TensorHeader]) -> int:
+    """Of a linear's codes, by the size of its codebooks.
+
+    Raises:
+        CheckpointError: it has none, or of a size that SqueezeLLM has not.
+    """
+    if faults := _incomplete(prefix, found) or _mistyped(prefix, found):
+        raise CheckpointError(" ".join(faults))
+    size = found["lookup_table"].shape[1]
+    if size not in _BITS_OF_TABLE:
+        raise CheckpointError(
+            f"{prefix}.lookup_table has {size} values for each output; 3 bits have 8 and 4 bits have 16."
+        )
+    return _BITS_OF_TABLE[size]
 
 
-def whole_shape(found: Mapping[str, TensorHeader]) -> LinearShape:
+def whole_shape(prefix: str, found: Mapping[str, TensorHeader]) -> LinearShape:
     """Of the linear that lies in the checkpoint, of which a device may have a share."""
     num_words, out_features = found["qweight"].shape
-    return LinearShape(in_features=num_words * CODES_PER_BLOCK // bits_of(found), out_features=out_features)
+    return LinearShape(in_features=num_words * CODES_PER_BLOCK // bits_of(prefix, found), out_features=out_features)
 
 
 def check(prefix: str, in_features: int, found: Mapping[str, TensorHeader], said_bits: int | None) -> None:
@@ -63,11 +74,7 @@ def check(prefix: str, in_features: int, found: Mapping[str, TensorHeader], said
     Raises:
         CheckpointError: with a sentence for each fault.
     """
-    faults = _incomplete(prefix, found) or _mistyped(prefix, found)
-    faults = faults or [
-        *_codebook_faults(prefix, in_features, found, said_bits),
-        *_sparse_faults(prefix, in_features, found),
-    ]
+    faults = _codebook_faults(prefix, in_features, found, said_bits) + _sparse_faults(prefix, in_features, found)
     if faults:
         raise CheckpointError(" ".join(faults))
 
@@ -97,12 +104,9 @@ def _mistyped(prefix: str, found: Mapping[str, TensorHeader]) -> list[str]:
 def _codebook_faults(
     prefix: str, in_features: int, found: Mapping[str, TensorHeader], said_bits: int | None
 ) -> list[str]:
+    bits, faults = bits_of(prefix, found), []
     num_codebooks, size = found["lookup_table"].shape
     num_words, num_columns = found["qweight"].shape
-    bits = _BITS_OF_TABLE.get(size)
-    if bits is None:
-        return [f"{prefix}.lookup_table has {size} values for each output; 3 bits have 8 and 4 bits have 16."]
-    faults = []
     if said_bits not in (None, bits):
         faults.append(
             f"{prefix}.lookup_table has {size} values for each output, which is {bits} bits, but the quantization "

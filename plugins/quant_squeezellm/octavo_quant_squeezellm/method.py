@@ -54,7 +54,8 @@ class SqueezeLLMMethod(QuantizationMethod):
 
     def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
         found = self._headers(prefix, shape)
-        bits = bits_of(found)
+        check(prefix, shape.in_features, found, configured_bits(self.quantization_config))
+        bits = bits_of(prefix, found)
         pack_factor, pack_elements = _PACKING[bits]
         specs = [
             ParameterSpec(
@@ -86,7 +87,7 @@ class SqueezeLLMMethod(QuantizationMethod):
         found = self._headers(prefix, shape)
         return WeightFacts(
             form="lookup",
-            bits=bits_of(found),
+            bits=bits_of(prefix, found),
             in_features=shape.in_features,
             out_features=shape.out_features,
             group_size=shape.in_features,
@@ -95,21 +96,19 @@ class SqueezeLLMMethod(QuantizationMethod):
 
     def weight(self, stored: StoredLinear) -> LookupWeight:
         found = headers_of(stored.prefix, self.headers)
-        bits = bits_of(found)
+        bits = bits_of(stored.prefix, found)
         return LookupWeight(
             bits=bits,
             codes=unpack_rows(stored.tensors["qweight"], bits, stored.shape.in_features).T,
             table=stored.tensors["lookup_table"].float(),
-            outliers=outliers_of(stored, whole_shape(found)),
+            outliers=outliers_of(stored, whole_shape(stored.prefix, found)),
         )
 
     def _headers(self, prefix: str, shape: LinearShape) -> Mapping[str, TensorHeader]:
-        """Of one linear, free of contradictions; where no weights are there yet, what a dense one's would be."""
-        said_bits = configured_bits(self.quantization_config)
+        """Of one linear; where no weights are there yet, what a dense one's would be."""
         if self.headers:
-            found = headers_of(prefix, self.headers)
-            check(prefix, shape.in_features, found, said_bits)
-            return found
+            return headers_of(prefix, self.headers)
+        said_bits = configured_bits(self.quantization_config)
         if said_bits is None:
             raise CheckpointError(
                 "The quantization configuration does not say how many bits SqueezeLLM's codes have, and no weights are "
