@@ -148,13 +148,22 @@ def eight_bits(weightless: Path, site_packages: Any) -> Path:
 def test_each_kind_of_quantized_linear_is_told_with_the_kernel_that_serves_it(eight_bits: Path) -> None:
     linears = {one.names: one for one in explain(str(eight_bits), device="cpu").linears}
     assert {names: one.kernel for names, one in linears.items()} == {
-        "model.layers.*.self_attn.q_proj+k_proj+v_proj": "wide",
-        "model.layers.*.self_attn.o_proj": "wide",
-        "model.layers.*.mlp.gate_proj+up_proj": "wide",
-        "model.layers.*.mlp.down_proj": "torch-packed",
+        "model.layers.*.self_attn.q_proj+k_proj+v_proj": "eight/wide",
+        "model.layers.*.self_attn.o_proj": "eight/wide",
+        "model.layers.*.mlp.gate_proj+up_proj": "eight/wide",
+        "model.layers.*.mlp.down_proj": "builtin/torch-packed",
     }
-    assert linears["model.layers.*.mlp.down_proj"].refused == {"wide": ("it is for linears that widen",)}
+    assert linears["model.layers.*.mlp.down_proj"].refused == {"eight/wide": ("it is for linears that widen",)}
     assert all(one.count == 2 for one in linears.values())
+
+
+def test_kernels_that_serve_no_linear_are_not_marked_as_chosen(eight_bits: Path) -> None:
+    explanation = explain(str(eight_bits), device="cpu")
+    names = ("wide", "torch-packed", "torch-dequantized", "tables")
+    chosen = [candidate(explanation, "linear_kernel", name).chosen for name in names]
+    assert chosen == [True, True, False, False]
+    (line,) = [line for line in str(explanation).splitlines() if "builtin/torch-dequantized" in line]
+    assert line.endswith("could serve; no quantized linear of this model is left for it")
 
 
 def test_kernels_for_other_weights_are_refused_with_both_forms(eight_bits: Path) -> None:

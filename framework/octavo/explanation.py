@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -140,21 +140,23 @@ def explain(
 
 def explain_selection(selection: Selection, settings: Settings) -> Explanation:
     """A selection as an explanation."""
+    linears = tuple(_linears(selection))
     return Explanation(
         model=selection.config.model,
         model_path=str(selection.files.path),
         architecture=selection.files.model_config.architecture,
-        sockets=(sockets := tuple(_sockets(selection))),
-        linears=() if any(socket.error for socket in sockets) else tuple(_linears(selection)),
+        sockets=tuple(_sockets(selection, {one.kernel for one in linears})),
+        linears=linears,
         settings=tuple(_effective(selection, settings)),
         failed_plugins={plugin.name: plugin.fault for plugin in selection.registry.failed_plugins},
     )
 
 
-def _sockets(selection: Selection) -> Iterator[ExplainedSocket]:
+def _sockets(selection: Selection, serving_kernels: Set[str | None]) -> Iterator[ExplainedSocket]:
     choices: dict[str, Choice | Choices] = {**selection.choices, "logits_rules": selection.logits_rules}
-    if selection.linear_kernels.candidates:
-        choices["linear_kernel"] = selection.linear_kernels
+    if (kernels := selection.linear_kernels).candidates:  # all that can serve were taken; chosen are those that do
+        serving = (replace(one, chosen=one.full_name in serving_kernels) for one in kernels.candidates)
+        choices["linear_kernel"] = replace(kernels, candidates=tuple(serving))
     for name in SOCKETS:
         if (choice := choices.get(name)) is not None:
             error = choice.error or (_draft_model_error(selection) if name == "proposer" else None)
@@ -167,7 +169,8 @@ def _sockets(selection: Selection) -> Iterator[ExplainedSocket]:
 
 
 def _linears(selection: Selection) -> Iterator[ExplainedLinears]:
-    if not selection.linear_kernels.components:
+    choices: list[Choice | Choices] = [*selection.choices.values(), selection.linear_kernels]
+    if not selection.linear_kernels.components or any(choice.error for choice in choices):
         return
     same: Counter[tuple[str, str]] = Counter()
     asked: dict[tuple[str, str], Mapping[str, Sequence[str]]] = {}
@@ -328,6 +331,8 @@ def _linear_lines(linears: Sequence[ExplainedLinears]) -> Iterator[str]:
 def _verdict(one: ExplainedCandidate, socket: ExplainedSocket) -> str:
     if one.chosen or one.reasons:
         return f"chosen: {one.summary}" if one.chosen else "; ".join(one.reasons)
+    if socket.name == "linear_kernel":
+        return "could serve; no quantized linear of this model is left for it"
     chosen = [other.priority for other in socket.candidates if other.chosen]
     if socket.asked_name != "auto" or len(chosen) != 1:
         return "could serve"

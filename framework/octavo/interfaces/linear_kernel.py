@@ -270,7 +270,7 @@ class LinearKernels:
     """The kernels chosen for a model, the preferred first; each weight gets the first that serves it.
 
     Args:
-        kernels: by the name a user types.
+        kernels: by their full names, "plugin/name".
     """
 
     form_names: ClassVar[tuple[str, ...]] = ("affine", "lookup")

@@ -51,7 +51,7 @@ def build_linears(
     headers: Mapping[str, TensorHeader],
 ) -> tuple[QuantizationMethod, QuantizationMethod | None]:
     """(the method of a checkpoint's quantized linears, the one of its plain linears if another), for a factory."""
-    linear_kernels = LinearKernels({kernel.name: kernel.build(dtype, device) for kernel in kernels})
+    linear_kernels = LinearKernels({kernel.full_name: kernel.build(dtype, device) for kernel in kernels})
     method: QuantizationMethod = chosen["quantization"].build(
         quantization_config, dtype, device, headers, linear_kernels
     )
