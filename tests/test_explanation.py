@@ -136,6 +136,10 @@ def test_every_socket_is_explained_before_a_weight_is_read(weightless: Path) -> 
 # ------------------------------------------------------------------------------------------------ quantized linears
 
 
+ALONE: dict[str, Any] = {"plugins": {"allow": ["eight"]}}
+"""Whatever else is installed may have a better kernel."""
+
+
 @pytest.fixture
 def eight_bits(weightless: Path, site_packages: Any) -> Path:
     """A model in a format whose linears kernels multiply: the kernel "wide" serves those that do not narrow."""
@@ -146,7 +150,7 @@ def eight_bits(weightless: Path, site_packages: Any) -> Path:
 
 
 def test_each_kind_of_quantized_linear_is_told_with_the_kernel_that_serves_it(eight_bits: Path) -> None:
-    linears = {one.names: one for one in explain(str(eight_bits), device="cpu").linears}
+    linears = {one.names: one for one in explain(str(eight_bits), device="cpu", **ALONE).linears}
     assert {names: one.kernel for names, one in linears.items()} == {
         "model.layers.*.self_attn.q_proj+k_proj+v_proj": "eight/wide",
         "model.layers.*.self_attn.o_proj": "eight/wide",
@@ -158,7 +162,7 @@ def test_each_kind_of_quantized_linear_is_told_with_the_kernel_that_serves_it(ei
 
 
 def test_kernels_that_serve_no_linear_are_not_marked_as_chosen(eight_bits: Path) -> None:
-    explanation = explain(str(eight_bits), device="cpu")
+    explanation = explain(str(eight_bits), device="cpu", **ALONE)
     names = ("wide", "torch-packed", "torch-dequantized", "tables")
     chosen = [candidate(explanation, "linear_kernel", name).chosen for name in names]
     assert chosen == [True, True, False, False]
@@ -167,12 +171,12 @@ def test_kernels_that_serve_no_linear_are_not_marked_as_chosen(eight_bits: Path)
 
 
 def test_kernels_for_other_weights_are_refused_with_both_forms(eight_bits: Path) -> None:
-    tables = candidate(explain(str(eight_bits), device="cpu"), "linear_kernel", "tables")
+    tables = candidate(explain(str(eight_bits), device="cpu", **ALONE), "linear_kernel", "tables")
     assert tables.reasons == ("multiplies with lookup weights; the quantization method's are affine",)
 
 
 def test_a_named_kernel_that_serves_not_every_linear_cannot_run(eight_bits: Path) -> None:
-    explanation = explain(str(eight_bits), device="cpu", linear_kernel="wide")
+    explanation = explain(str(eight_bits), device="cpu", **ALONE, linear_kernel="wide")
     assert not explanation.can_run
     assert [one.names for one in explanation.linears if one.kernel is None] == ["model.layers.*.mlp.down_proj"]
     assert "no kernel serves" in str(explanation)

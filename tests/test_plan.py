@@ -347,7 +347,7 @@ def test_packed_weights_count_as_their_linear_kernel_keeps_them(
     kernel: str, num_bytes: int, site_packages: Any, tmp_path: Path
 ) -> None:
     install_affine_plugin(site_packages)
-    plan = plan_of(tmp_path, EIGHT, linear_kernel=kernel)
+    plan = plan_of(tmp_path, EIGHT, linear_kernel=kernel, plugins={"allow": ["eight"]})
     plain = plan_of(tmp_path, LLAMA_3_8B)
     # The kernel "wide" does not serve down, which the built-in keeps in bytes beside a scale for each output.
     widening = 32 * ((4096 + 1024 + 1024) * 4096 + 4096 * 4096 + 2 * 14336 * 4096)
