@@ -9,6 +9,8 @@ Source: the layouts of AutoGPTQ and GPTQModel ("gptq", "gptq_v2"; planar: "gptq_
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -17,16 +19,26 @@ CODES_PER_BLOCK = 32
 """Codes that fill whole words, whatever their bits: as many words as a code has bits."""
 
 
-def words_for(num_codes: int, bits: int) -> int:
+def words_for(num_codes: int, bits: int, *, planar: bool = False) -> int:
     """32-bit words that so many codes take."""
+    if planar and len(_planes(bits)) > 1:
+        return -(-num_codes // CODES_PER_BLOCK) * bits
     return -(-num_codes * bits // WORD_BITS)
+
+
+def whole_words(bits: int, *, planar: bool = False) -> tuple[int, int]:
+    """(codes, words): the fewest codes that fill whole words, between which packed codes may be cut."""
+    if planar and len(_planes(bits)) > 1:
+        return CODES_PER_BLOCK, bits
+    divisor = gcd(bits, WORD_BITS)
+    return WORD_BITS // divisor, bits // divisor
 
 
 def unpack_columns(words: Tensor, bits: int, num_columns: int, *, planar: bool = False) -> Tensor:
     """Codes that are packed along the last axis.
 
     Args:
-        words: [rows, words_for(num_columns, bits)] int32, read as unsigned.
+        words: [rows, words_for(num_columns, bits, planar=planar)] int32, read as unsigned.
         bits: of a code, 1 to 8.
 
     Returns:
@@ -52,7 +64,7 @@ def pack_columns(codes: Tensor, bits: int, *, planar: bool = False) -> Tensor:
         codes: [rows, columns] of any integer dtype, each below 2 ** bits.
 
     Returns:
-        [rows, words_for(columns, bits)] int32; what is left of the last word is zero.
+        [rows, words_for(columns, bits, planar=planar)] int32; what is left of the last word is zero.
     """
     rows, columns = codes.shape
     num_blocks = -(-columns // CODES_PER_BLOCK)
@@ -61,7 +73,7 @@ def pack_columns(codes: Tensor, bits: int, *, planar: bool = False) -> Tensor:
     blocks = padded.view(rows, num_blocks, CODES_PER_BLOCK)
     planes = _planes(bits) if planar else [(bits, 0)]
     words = torch.cat([_pack_blocks((blocks >> shift) & (2**width - 1), width) for width, shift in planes], dim=-1)
-    return words.flatten(1)[:, : words_for(columns, bits) if len(planes) == 1 else num_blocks * bits].contiguous()
+    return words.flatten(1)[:, : words_for(columns, bits, planar=planar)].contiguous()
 
 
 def unpack_rows(words: Tensor, bits: int, num_rows: int, *, planar: bool = False) -> Tensor:
