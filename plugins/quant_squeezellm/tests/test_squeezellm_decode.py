@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from squeezellm_layers import PREFIX, decode, headers_of, method_of, pack, random_tensors, stored_linear
 
-from octavo.interfaces import LinearShape, LookupWeight
+from octavo.interfaces import LinearShape, LookupWeight, TensorHeader
 from octavo.packing import pack_rows
 
 BITS = st.sampled_from([3, 4])
@@ -124,7 +124,8 @@ def test_joined_weights_are_their_outputs_behind_each_other(
 def test_stacked_projections_of_other_bits_and_outliers_are_each_their_own_product() -> None:
     generator = torch.Generator().manual_seed(0)
     kinds = {"q": (4, 12, 0.1), "k": (4, 4, None), "v": (3, 4, 0.2)}
-    headers, stored, weights = {}, [], []
+    headers: dict[str, TensorHeader] = {}
+    stored, weights = [], []
     for name, (bits, out_features, density) in kinds.items():
         shape, prefix = LinearShape(in_features=64, out_features=out_features), f"layers.0.{name}_proj"
         tensors = random_tensors(shape, bits, generator, density=density)
