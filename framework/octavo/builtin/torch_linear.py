@@ -286,9 +286,9 @@ def _unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
         plane = packed[:, start : start + num_columns * width // 8]
         start += plane.shape[1]
         for index, field in enumerate(codes.chunk(8 // width, dim=1)):
-            part = (plane >> (index * width) & 2**width - 1) << shift
+            part = plane >> (index * width) if index else plane
             if number == 0:
-                field.copy_(part)
+                torch.bitwise_and(part, 2**width - 1, out=field)
             else:
-                field |= part
+                field |= (part & 2**width - 1) << shift
     return codes[:, :num_codes]
