@@ -32,7 +32,7 @@ class WeightCase:
         """The same for each call."""
         generator = torch.Generator().manual_seed(seed)
         weight = _lookup(self.facts, generator) if self.facts.form == "lookup" else self._affine(generator)
-        return with_tensors(weight, {name: tensor.to(device) for name, tensor in tensors_of(weight).items()})
+        return on_device(weight, device)
 
     def _affine(self, generator: torch.Generator) -> AffineWeight:
         facts = self.facts
@@ -150,6 +150,11 @@ def with_tensors(weight: PackedWeight, tensors: Mapping[str, Tensor]) -> PackedW
     """The weight with other tensors."""
     changes = dict(tensors)
     return replace(weight, **changes)  # type: ignore[arg-type]
+
+
+def on_device(weight: PackedWeight, device: str) -> PackedWeight:
+    """The weight, its tensors on a device."""
+    return with_tensors(weight, {name: tensor.to(device) for name, tensor in tensors_of(weight).items()})
 
 
 def watched(weight: PackedWeight) -> tuple[dict[str, weakref.ref[np.ndarray]], PackedWeight]:  # type: ignore[type-arg]

@@ -24,6 +24,7 @@ from octavo.testing.drawn_weights import (
     bytes_reachable,
     every_kind,
     lookup,
+    on_device,
     tensors_of,
     watched,
     with_tensors,
@@ -266,7 +267,7 @@ class LinearKernelSuite(Suite):
         kernel = self._kernel()
         for case in self._one_of_each_form(kernel):
             memory, weight = watched(case.draw())
-            prepared, x = kernel.prepare(weight), _x(kernel, 3, case.facts.in_features)
+            prepared, x = kernel.prepare(on_device(weight, self.device)), _x(kernel, 3, case.facts.in_features)
             del weight
             before = kernel.apply(prepared, x, None)
             for name, reference in memory.items():
@@ -278,7 +279,7 @@ class LinearKernelSuite(Suite):
         kernel = self._kernel()
         for case in self._one_of_each_form(kernel):
             memory, weight = watched(case.draw())
-            prepared = kernel.prepare(weight)
+            prepared = kernel.prepare(on_device(weight, self.device))
             del weight, prepared
             kept = [name for name, reference in memory.items() if reference() is not None]
             assert kept == [], f"{case}: the kernel itself keeps these tensors in memory"
