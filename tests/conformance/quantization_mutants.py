@@ -249,6 +249,15 @@ class HidesTheOrderFromKernels(SmallMethod):
         return dataclasses.replace(facts, act_order=False)
 
 
+class TellsFactsOfTheWhole(SmallMethod):
+    """By the headers, where a device's share is asked for."""
+
+    def facts(self, prefix: str, shape: LinearShape) -> WeightFacts | None:
+        facts, scales = super().facts(prefix, shape), self.headers.get(f"{prefix}.scales")
+        assert facts is not None
+        return facts if scales is None else dataclasses.replace(facts, out_features=scales.shape[1])
+
+
 class PromisesSymmetry(SmallMethod):
     def facts(self, prefix: str, shape: LinearShape) -> WeightFacts | None:
         facts = super().facts(prefix, shape)
@@ -342,6 +351,7 @@ MUTANTS: dict[type[QuantizationMethod], str] = {
     DequantizesToTheModelsDtype: "dequantize_gives_the_stored_weight_in_float32",
     WideCodes: "weight_is_of_the_form_that_its_spec_names",
     HidesTheOrderFromKernels: "facts_are_those_of_the_weight",
+    TellsFactsOfTheWhole: "linear_cut_on_its_outputs_is_rows_of_the_whole",
     PromisesSymmetry: "facts_are_those_of_the_weight",
     GuessesBitsWithoutHeaders: "facts_are_known_before_there_are_weights",
     ChangesSource: "prepare_leaves_the_checkpoint_s_tensors_as_they_are",
