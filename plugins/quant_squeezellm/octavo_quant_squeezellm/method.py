@@ -23,7 +23,7 @@ from octavo.interfaces import (
     TensorHeader,
     WeightFacts,
 )
-from octavo.packing import unpack_rows
+from octavo.packing import unpack_rows, whole_words
 from octavo_quant_squeezellm.headers import (
     CODES_PER_BLOCK,
     bits_of,
@@ -33,9 +33,6 @@ from octavo_quant_squeezellm.headers import (
     whole_shape,
 )
 from octavo_quant_squeezellm.outliers import outliers_of
-
-_PACKING = {3: (32, 3), 4: (8, 1)}
-"""By bits: so many codes fill so many words."""
 
 _CUT = ("qweight", "lookup_table")
 """Where devices share a linear, these are cut; all others are whole, and each device takes its share of them."""
@@ -56,7 +53,7 @@ class SqueezeLLMMethod(QuantizationMethod):
         found = self._headers(prefix, shape)
         check(prefix, shape.in_features, found, configured_bits(self.quantization_config))
         bits = bits_of(prefix, found)
-        pack_factor, pack_elements = _PACKING[bits]
+        pack_factor, pack_elements = whole_words(bits)
         specs = [
             ParameterSpec(
                 name="qweight",

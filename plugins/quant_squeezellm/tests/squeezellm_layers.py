@@ -13,14 +13,10 @@ from torch import Tensor
 from octavo.builtin.torch_linear import TorchPacked
 from octavo.interfaces import LinearKernels, LinearShape, StoredLinear, TensorHeader
 from octavo.testing import StoredWeight
+from octavo.testing.stored_weight import PREFIX
 from octavo_quant_squeezellm.method import SqueezeLLMMethod
 
 Array = npt.NDArray[np.generic]
-
-PREFIX = "model.layers.0.mlp.up_proj"
-NAMES_OF_DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.float32: "F32", torch.float16: "F16"} | {
-    torch.bfloat16: "BF16"
-}
 
 
 def pack(codes: Array, bits: int) -> Array:
@@ -112,16 +108,6 @@ def store(
         return StoredWeight(tensors=tensors, weight=decode(tensors, bits))
 
     return make
-
-
-def headers_of(tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> dict[str, TensorHeader]:
-    """What a file's header says of a linear's tensors."""
-    return {
-        f"{prefix}.{name}": TensorHeader(
-            shape=tuple(tensor.shape), dtype=NAMES_OF_DTYPES[tensor.dtype], num_bytes=tensor.nbytes
-        )
-        for name, tensor in tensors.items()
-    }
 
 
 def method_of(

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from squeezellm_layers import PREFIX, headers_of, method_of, random_tensors, stored_linear
+from squeezellm_layers import method_of, random_tensors, stored_linear
 from torch import Tensor
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import LinearShape, QuantizationMethod
+from octavo.testing.stored_weight import PREFIX, headers_of
 
 SHAPE = LinearShape(in_features=64, out_features=6)
 Tensors = dict[str, Tensor]

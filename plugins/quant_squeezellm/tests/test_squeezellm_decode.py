@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from squeezellm_layers import PREFIX, decode, headers_of, method_of, pack, random_tensors, stored_linear
+from squeezellm_layers import decode, method_of, pack, random_tensors, stored_linear
 
 from octavo.interfaces import LinearShape, LookupWeight, TensorHeader
 from octavo.packing import pack_rows
+from octavo.testing.stored_weight import PREFIX, headers_of
 
 BITS = st.sampled_from([3, 4])
 SHAPES = st.builds(

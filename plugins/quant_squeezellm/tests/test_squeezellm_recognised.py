@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from squeezellm_layers import PREFIX, headers_of, method_of, random_tensors
+from squeezellm_layers import method_of, random_tensors
 
 from octavo.interfaces import LinearShape, TensorHeader
 from octavo.plugins.quantized_checkpoint import quantization_config, quantization_need
 from octavo.plugins.registry import default_registry
+from octavo.testing.stored_weight import PREFIX, headers_of
 
 SHAPE = LinearShape(in_features=32, out_features=4)
 PLAIN = {"model.layers.0.mlp.up_proj.weight": TensorHeader(shape=(4, 32), dtype="F16", num_bytes=256)}

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from squeezellm_layers import PREFIX, decode, headers_of, method_of, random_tensors, share_of, stored_linear
+from squeezellm_layers import decode, method_of, random_tensors, share_of, stored_linear
 
 from octavo.interfaces import LinearShape
 from octavo.nn.linear import LinearPart
+from octavo.testing.stored_weight import PREFIX, headers_of
 
 SHAPE = LinearShape(in_features=256, out_features=24)
 
