@@ -89,7 +89,7 @@ def product_heuristic(dtype_bits: int, num_tokens: int) -> ProductConfig:
     if dtype_bits == 32:
         return ProductConfig(block_outputs=32, block_tokens=8, num_warps=4, num_stages=2, programs=8)
     return ProductConfig(
-        block_outputs=128,
+        block_outputs=128 if num_tokens <= 16 else 64,
         block_tokens=min(num_tokens, 64),
         num_warps=4 if num_tokens <= 16 else 8,  # whose registers hold the sums
         num_stages=4 if num_tokens <= 16 else 3,

@@ -47,7 +47,8 @@ class Case:
         shape = self.out_features, self.in_features
         codes = torch.zeros(shape, dtype=torch.uint8)
         if self.group_size is None:
-            outliers = torch.eye(*shape).to_sparse_csr()
+            starts, columns = torch.arange(len(codes) + 1), torch.arange(len(codes))
+            outliers = torch.sparse_csr_tensor(starts, columns, torch.ones(len(codes)), size=shape)
             return LookupWeight(
                 bits=self.bits, codes=codes, table=torch.zeros(len(codes), 2**self.bits), outliers=outliers
             )
