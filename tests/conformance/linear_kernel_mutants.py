@@ -53,6 +53,17 @@ class IgnoresTheOrder(SmallKernel):
         return replace(weight, group_index=None) if isinstance(weight, AffineWeight) else weight
 
 
+class SortsInputsIntoAllGroups(SmallKernel):
+    """Takes it that every group has as many inputs as the others, also of a share."""
+
+    def prepare(self, weight: PackedWeight) -> object:
+        if isinstance(weight, LookupWeight) or weight.group_index is None:
+            return weight
+        order = weight.group_index.argsort(stable=True)
+        in_slices = torch.arange(len(order)) // weight.group_size
+        return replace(weight, group_index=torch.empty_like(weight.group_index).scatter_(0, order, in_slices.int()))
+
+
 class GroupOfTheWrongRow(SmallKernel):
     """Spreads the inputs evenly over the groups, so that none is shorter than the others."""
 
@@ -250,6 +261,7 @@ MUTANTS: dict[type[LinearKernel], str] = {
     AnswersInFloat32: "product_equals_the_dequantised_one[without bias]",
     LeavesRemainder: "product_equals_the_dequantised_one[without bias]",
     ForgetsBias: "product_equals_the_dequantised_one[with bias]",
+    SortsInputsIntoAllGroups: "scales_may_be_of_more_groups_than_the_inputs_are_in[shuffled]",
     WantsContiguousCodes: "weights_may_be_views",
     AcceptsWhatItCannotRead: "serves_what_it_accepts",
     ServesNothing: "serves_weights_of_every_form_that_its_spec_lists",

@@ -224,7 +224,17 @@ def _by_group(weight: AffineWeight, device: str) -> tuple[AffineWeight, Tensor |
     in_slices = torch.arange(len(order), device=order.device) // weight.group_size
     if not torch.equal(groups[order], in_slices):
         return replace(weight, group_index=weight.group_index.to(device, copy=True)), None
-    return replace(weight, codes=weight.codes[:, order], group_index=None), order.int().to(device)
+    here = slice(0, int(in_slices[-1]) + 1)  # of a device's share: the scales may be of more groups
+    return (
+        replace(
+            weight,
+            codes=weight.codes[:, order],
+            scales=weight.scales[here],
+            zeros=None if weight.zeros is None else weight.zeros[here],
+            group_index=None,
+        ),
+        order.int().to(device),
+    )
 
 
 def _transposed(matrix: Tensor, device: str) -> Tensor:

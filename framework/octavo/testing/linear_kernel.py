@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.interfaces.linear_kernel import LinearKernel, LinearKernels, PackedWeight
+from octavo.interfaces.linear_kernel import AffineWeight, LinearKernel, LinearKernels, PackedWeight
 from octavo.plugins.specs import LinearKernelNeed, LinearKernelSpec
 from octavo.testing.drawn_weights import (
     FEW_CASES,
@@ -224,6 +224,19 @@ class LinearKernelSuite(Suite):
             }
             prepared, x = kernel.prepare(with_tensors(weight, views)), _x(kernel, 3, case.facts.in_features)
             self._check(kernel, kernel.apply(prepared, x, None), x, weight.dequantize(), None, f"{case}, transposed")
+
+    @pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
+    def test_scales_may_be_of_more_groups_than_the_inputs_are_in(self, shuffled: bool) -> None:
+        """As of a device's share, whose inputs belong to any of the whole linear's groups."""
+        kernel, half = self._kernel(), 64
+        for case in self._served(kernel, [affine(bits, half, 48, 32, act_order=True) for bits in (2, 3, 4, 8)]):
+            whole = replace(case, facts=replace(case.facts, in_features=2 * half, act_order=shuffled)).draw(self.device)
+            assert isinstance(whole, AffineWeight)
+            for inputs in (slice(0, half), slice(half, 2 * half)):
+                share = replace(whole, codes=whole.codes[:, inputs], group_index=whole.groups().int()[inputs])
+                x = _x(kernel, 3, half)
+                y = kernel.apply(kernel.prepare(share), x, None)
+                self._check(kernel, y, x, share.dequantize(), None, f"{case}, inputs {inputs.start} to {inputs.stop}")
 
     @pytest.mark.parametrize("seeds", _SEEDS, ids=["kept apart", "joined"])
     def test_stacked_weights_equal_the_weights_one_by_one(self, seeds: tuple[int, ...]) -> None:
