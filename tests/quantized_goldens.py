@@ -25,8 +25,8 @@ from octavo.interfaces import LinearShape, QuantizationMethod, StoredLinear
 from octavo.nn.factory import build_linears
 
 TOLERANCES: Mapping[str, float] = {"float32": 0.03, "float16": 0.1, "bfloat16": 1.0}
-"""Largest error of a logprob by the model's dtype; logits reach 60. In float32 it is that most tools round a dequantised
-weight to 16 bits and we do not."""
+"""Largest error of a logprob by the model's dtype; logits reach 60. In float32 it is that most tools round dequantised
+weights to 16 bits and we do not."""
 
 MARGINS: Mapping[str, float] = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
 """Where the best logit is above the second by as much, the greedy token is certain; two logits err together."""

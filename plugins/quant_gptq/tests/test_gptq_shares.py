@@ -1,0 +1,106 @@
+"""Shares of a linear on several devices: every cut along the declared axes is that part of the whole."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from gptq_layers import config_of, make_method, store
+
+from octavo.errors import ConfigError
+from octavo.interfaces import LinearShape, StoredLinear
+from octavo.nn.linear import LinearPart
+from octavo.testing import StoredWeight
+from octavo.testing.stored_weight import PREFIX, headers_of
+from octavo_quant_gptq.method import GPTQMethod
+
+SHAPE = LinearShape(in_features=384, out_features=128)
+KINDS: list[tuple[int, int, dict[str, Any]]] = [
+    (2, 32, {}),
+    (3, 32, {}),
+    (3, 64, {"act_order": True}),
+    (4, 64, {"symmetric": True}),
+    (4, 80, {}),
+    (4, 80, {"act_order": True}),
+    (4, 128, {"format": "gptq_v2"}),
+    (5, 64, {}),
+    (8, -1, {}),
+    (8, 24, {"format": "gptq_v2", "act_order": True}),
+]
+
+
+def made(bits: int, group_size: int, kind: dict[str, Any]) -> tuple[GPTQMethod, StoredWeight]:
+    stored = store(bits, group_size, **kind)(SHAPE, torch.Generator())
+    return make_method(config_of(bits, group_size, **kind), headers_of(stored.tensors)), stored
+
+
+def shares(
+    method: GPTQMethod, stored: StoredWeight, parallel: Literal["column", "row"], num_shares: int
+) -> list[StoredLinear]:
+    """As the loader cuts them."""
+    part = LinearPart(prefix=PREFIX, in_features=384, out_features=128, parallel=parallel, num_shards=num_shares)
+    shards = {one.name: part.shard(one) for one in method.parameters(PREFIX, SHAPE)}
+    shape = part.shape_of_one
+    return [
+        StoredLinear(
+            prefix=PREFIX,
+            shape=shape,
+            tensors={
+                name: tensor if (cut := shards[name]) is None else tensor.chunk(num_shares, dim=cut.axis)[index]
+                for name, tensor in stored.tensors.items()
+            },
+            output_start=index * shape.out_features if parallel == "column" else 0,
+            input_start=index * shape.in_features if parallel == "row" else 0,
+        )
+        for index in range(num_shares)
+    ]
+
+
+@pytest.mark.parametrize("num_shares", [2, 3, 4])
+@pytest.mark.parametrize(("bits", "group_size", "kind"), KINDS)
+def test_shares_of_the_inputs_are_columns_of_the_whole(
+    bits: int, group_size: int, kind: dict[str, Any], num_shares: int
+) -> None:
+    method, stored = made(bits, group_size, kind)
+    parts = [method.dequantize(share) for share in shares(method, stored, "row", num_shares)]
+    assert torch.equal(torch.cat(parts, dim=1), stored.weight)
+
+
+@pytest.mark.parametrize("num_shares", [2, 4])
+@pytest.mark.parametrize(("bits", "group_size", "kind"), KINDS)
+def test_shares_of_the_outputs_are_rows_of_the_whole(
+    bits: int, group_size: int, kind: dict[str, Any], num_shares: int
+) -> None:
+    method, stored = made(bits, group_size, kind)
+    parts = [method.dequantize(share) for share in shares(method, stored, "column", num_shares)]
+    assert torch.equal(torch.cat(parts), stored.weight)
+
+
+def test_share_that_begins_inside_a_group_has_an_index_of_its_own_groups() -> None:
+    method, stored = made(4, 128, {})
+    first, second = (method.weight(share) for share in shares(method, stored, "row", 2))
+    assert first.group_index is None
+    assert second.group_index is not None
+    assert second.group_index.tolist() == [0] * 64 + [1] * 128
+    assert (first.scales.shape, second.scales.shape) == ((2, 128), (2, 128))
+
+
+def test_share_of_groups_in_order_holds_its_own_scales_only() -> None:
+    method, stored = made(4, 64, {})
+    weight = method.weight(shares(method, stored, "row", 2)[1])
+    assert weight.group_index is None
+    assert torch.equal(weight.scales, stored.tensors["scales"][3:])
+    assert weight.scales.untyped_storage().nbytes() == weight.scales.nbytes
+
+
+def test_inputs_of_three_bits_that_devices_cannot_share_are_refused_before_loading() -> None:
+    method, stored = made(3, 32, {})
+    with pytest.raises(ConfigError, match=r"qweight cannot be cut into 8 equal parts: its 384 inputs"):
+        shares(method, stored, "row", 8)
+
+
+def test_outputs_whose_zeros_devices_cannot_share_are_refused_before_loading() -> None:
+    method, stored = made(3, 32, {})
+    with pytest.raises(ConfigError, match=r"qzeros cannot be cut into 8 equal parts: its 128 outputs"):
+        shares(method, stored, "column", 8)
