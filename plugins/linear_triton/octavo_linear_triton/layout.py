@@ -169,7 +169,9 @@ def num_affine_bytes(facts: WeightFacts) -> int:
     if num_rows > 1 and size % PAIR:
         places = num_rows * PAIR * -(-size // PAIR)
         num_rows = num_blocks(facts.bits, places) * pairs_per_block(facts.bits)
-    return _num_code_bytes(facts, places, facts.act_order) + num_rows * facts.out_features * (2 if facts.symmetric else 4)
+    return _num_code_bytes(facts, places, facts.act_order) + num_rows * facts.out_features * (
+        2 if facts.symmetric else 4
+    )
 
 
 def num_lookup_bytes(facts: WeightFacts, dtype: torch.dtype) -> int:

@@ -220,9 +220,7 @@ class _GPU:
 class _Products:
     """Activations, and enough weights of random codes that each product finds its own out of the L2."""
 
-    def __init__(
-        self, capability: int, case: Case, shape: Shape, device: str, num_weights: int | None = None
-    ) -> None:
+    def __init__(self, capability: int, case: Case, shape: Shape, device: str, num_weights: int | None = None) -> None:
         inputs, outputs = shape
         self._capability = capability
         self._x = torch.randn(case.when["num_tokens"], inputs, device=device).to(case.dtype)
@@ -260,7 +258,9 @@ def random_weight(case: Case, shape: Shape, device: str) -> PackedAffine | Packe
     words = torch.randint(-(2**31), 2**31, (blocks, outputs, 16), dtype=torch.int64, device=device).int()
     codes = PackedCodes(bits=bits, in_features=inputs, words=words, order=order)
     if case.kernel == "lookup_linear":
-        return PackedLookup(codes=codes, table=torch.randn(outputs, 2**bits, device=device).to(case.dtype), outliers=None)
+        return PackedLookup(
+            codes=codes, table=torch.randn(outputs, 2**bits, device=device).to(case.dtype), outliers=None
+        )
     run = math.gcd(block_inputs(bits), _GROUP_SIZE)
     rows, code_dtype = inputs // _GROUP_SIZE, code_dtype_for(bits, case.dtype, interpreted=False)
     return PackedAffine(

@@ -55,9 +55,7 @@ def add_partials(partials: Partials, bias: Tensor | None, dtype: torch.dtype) ->
     num_sums, num_tokens, out_features = partials.sums.shape
     out = torch.empty(num_tokens, out_features, dtype=dtype, device=partials.sums.device)
     grid = (num_tokens, triton.cdiv(out_features, _BLOCK))
-    add_partials_kernel[grid](
-        partials.sums, bias, out, num_sums, num_tokens, out_features, BLOCK=_BLOCK, num_warps=4
-    )
+    add_partials_kernel[grid](partials.sums, bias, out, num_sums, num_tokens, out_features, BLOCK=_BLOCK, num_warps=4)
     return out
 
 

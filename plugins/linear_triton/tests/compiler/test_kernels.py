@@ -17,7 +17,7 @@ import pytest
 import torch
 import triton
 
-from octavo.interfaces import AffineWeight, LookupWeight
+from octavo.interfaces import AffineWeight, LookupWeight, sparse_rows
 from octavo.testing import CompiledKernel, check_against_table, compiling
 from octavo_linear_triton import kernels
 from octavo_linear_triton.affine import TritonAffine
@@ -47,8 +47,8 @@ class Case:
         shape = self.out_features, self.in_features
         codes = torch.zeros(shape, dtype=torch.uint8)
         if self.group_size is None:
-            starts, columns = torch.arange(len(codes) + 1), torch.arange(len(codes))
-            outliers = torch.sparse_csr_tensor(starts, columns, torch.ones(len(codes)), size=shape)
+            columns = torch.arange(len(codes))
+            outliers = sparse_rows(torch.ones_like(columns), columns, torch.ones(len(codes)), self.in_features)
             return LookupWeight(
                 bits=self.bits, codes=codes, table=torch.zeros(len(codes), 2**self.bits), outliers=outliers
             )

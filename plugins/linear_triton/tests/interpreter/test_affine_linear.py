@@ -12,7 +12,9 @@ from octavo_linear_triton.affine import TritonAffine
 from octavo_linear_triton.tuned import ProductConfig
 
 
-def check(weight: AffineWeight, num_tokens: int, dtype: torch.dtype = torch.float16, *, with_bias: bool = False) -> None:
+def check(
+    weight: AffineWeight, num_tokens: int, dtype: torch.dtype = torch.float16, *, with_bias: bool = False
+) -> None:
     kernel = TritonAffine(dtype, "cpu")
     out_features, in_features = weight.codes.shape
     x = activations(num_tokens, in_features, dtype)

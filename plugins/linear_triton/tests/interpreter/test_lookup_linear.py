@@ -6,13 +6,15 @@ import pytest
 import torch
 from weights import activations, assert_is_product, lookup
 
-from octavo.interfaces import LookupWeight
+from octavo.interfaces import LookupWeight, sparse_rows
 from octavo_linear_triton import lookup as component
 from octavo_linear_triton.lookup import TritonLookup
 from octavo_linear_triton.tuned import ProductConfig
 
 
-def check(weight: LookupWeight, num_tokens: int, dtype: torch.dtype = torch.float32, *, with_bias: bool = False) -> None:
+def check(
+    weight: LookupWeight, num_tokens: int, dtype: torch.dtype = torch.float32, *, with_bias: bool = False
+) -> None:
     kernel = TritonLookup(dtype, "cpu")
     out_features, in_features = weight.codes.shape
     x = activations(num_tokens, in_features, dtype)
@@ -41,11 +43,8 @@ def test_outputs_with_no_outliers_and_with_more_than_fit_at_once() -> None:
     outliers = torch.zeros(24, 128)
     outliers[3] = torch.arange(128) / 64
     outliers[23, 127] = 5.0
-    starts = (outliers != 0).sum(dim=1).cumsum(0)
     rows, columns = outliers.nonzero(as_tuple=True)
-    matrix = torch.sparse_csr_tensor(
-        torch.nn.functional.pad(starts, (1, 0)), columns, outliers[rows, columns], size=outliers.shape
-    )
+    matrix = sparse_rows((outliers != 0).sum(dim=1), columns, outliers[rows, columns], 128)
     weight = lookup(4)
     check(LookupWeight(bits=4, codes=weight.codes, table=weight.table, outliers=matrix), 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo.interfaces import AffineWeight, LookupWeight
+from octavo.interfaces import AffineWeight, LookupWeight, sparse_rows
 
 
 def affine(
@@ -44,16 +44,12 @@ def lookup(
     outliers = torch.randn(out_features, in_features, generator=generator)
     outliers *= torch.rand(out_features, in_features, generator=generator) < density
     rows, columns = outliers.nonzero(as_tuple=True)
-    starts = torch.bincount(rows, minlength=out_features).cumsum(0)
+    num_in_rows = torch.bincount(rows, minlength=out_features)
     return LookupWeight(
         bits=bits,
         codes=torch.randint(0, 2**bits, (out_features, in_features), generator=generator, dtype=torch.uint8),
         table=torch.randn(out_features, 2**bits, generator=generator),
-        outliers=torch.sparse_csr_tensor(
-            torch.nn.functional.pad(starts, (1, 0)), columns, outliers[rows, columns], size=outliers.shape
-        )
-        if density
-        else None,
+        outliers=sparse_rows(num_in_rows, columns, outliers[rows, columns], in_features) if density else None,
     )
 
 
