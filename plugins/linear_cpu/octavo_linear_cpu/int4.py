@@ -142,22 +142,24 @@ def _dequantised(weight: _Int4Weight, x: Tensor, outputs: int) -> Tensor:
     step = max(1, _MOST_WEIGHTS_AT_ONCE // (nibbles.BLOCK * num_inputs)) * nibbles.BLOCK
     for start in range(0, num_outputs, step):
         rows = slice(start, start + step)
-        first, *others = (_unpacked(one, rows, weight.group_size, outputs) for one in weight.products)
-        for other in others:
-            first += other
-        y[:, rows] = nibbles.in_order(x @ first.to(x.dtype), outputs)
+        y[:, rows] = nibbles.in_order(x @ _dequantised_rows(weight, rows, outputs).to(x.dtype), outputs)
     return y
 
 
-def _unpacked(product: _Product, rows: slice, group_size: int, outputs: int) -> Tensor:
+def _dequantised_rows(weight: _Int4Weight, rows: slice, outputs: int) -> Tensor:
     """[inputs, rows] float32, the outputs as `nibbles.unpack` orders them."""
-    weight = nibbles.unpack(product.packed[rows], outputs).float()
-    scales, zeros = nibbles.as_unpacked(product.scales_and_zeros[:, rows].float().movedim(-1, 0), outputs)
-    grouped = weight.view(-1, group_size, weight.shape[1])
+    last, middle = weight.products[-1], _MIDDLE
+    codes = nibbles.unpack(last.packed[rows], outputs)
+    if len(weight.products) == 2:
+        codes |= nibbles.unpack(weight.products[0].packed[rows], outputs) << 4
+        middle = 17 * _MIDDLE  # of 16 * high + low, whose scale is the low ones'
+    scales, zeros = nibbles.as_unpacked(last.scales_and_zeros[:, rows].float().movedim(-1, 0), outputs)
+    dequantised = codes.float()
     # In place, and not as one addcmul: a cache's worth of new memory costs more than reading it twice.
+    grouped = dequantised.view(-1, weight.group_size, codes.shape[1])
     grouped *= scales[:, None]
-    grouped += (zeros - _MIDDLE * scales)[:, None]
-    return weight
+    grouped += (zeros - middle * scales)[:, None]
+    return dequantised
 
 
 def _num_products(bits: int) -> int:

@@ -53,6 +53,7 @@ class CpuInt8(LinearKernel):
 
     def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:
         assert isinstance(prepared, _Int8Weight)
+        y: Tensor
         if x.shape[0] <= _OPERATOR_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(x.contiguous(), prepared.codes, prepared.scales)
         else:

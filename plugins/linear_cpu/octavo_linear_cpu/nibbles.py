@@ -71,8 +71,7 @@ def outputs_interleaved() -> int | None:
     codes = torch.randint(16, (2 * BLOCK, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     packed = pack(codes)
     for outputs in (64, 32):
-        unpacked = unpack(packed, outputs).view(96, 2, -1, outputs // 2)
-        if torch.equal(in_order(unpacked.flatten(2).flatten(1), outputs).T, codes):
+        if torch.equal(in_order(unpack(packed, outputs), outputs).T, codes):
             return outputs
     return None
 
@@ -98,9 +97,9 @@ def unpack(packed: Tensor, outputs: int) -> Tensor:
 
 def as_unpacked(of_outputs: Tensor, outputs: int) -> Tensor:
     """[..., out_features] in the order of outputs that `unpack` gives."""
-    return of_outputs.unflatten(-1, (-1, 2, outputs // 2)).transpose(-3, -2).flatten(-3)
+    return of_outputs.reshape(*of_outputs.shape[:-1], -1, 2, outputs // 2).transpose(-3, -2).flatten(-3)
 
 
 def in_order(of_outputs: Tensor, outputs: int) -> Tensor:
     """The inverse of `as_unpacked`."""
-    return of_outputs.unflatten(-1, (2, -1, outputs // 2)).transpose(-3, -2).flatten(-3)
+    return of_outputs.reshape(*of_outputs.shape[:-1], 2, -1, outputs // 2).transpose(-3, -2).flatten(-3)
