@@ -75,7 +75,8 @@ class AffineWeight:
         scales: [num_groups, out_features], of the floating dtype they are stored in.
         zeros: [num_groups, out_features] uint8; None: every zero is 2 ** (bits - 1).
         group_size: inputs of a group; the last group may be shorter.
-        group_index: [in_features] int32, g; None: g(k) = k // group_size.
+        group_index: [in_features] int32, g; None: g(k) = k // group_size. A device's share of inputs in an order of
+            their own may be in some of the groups only.
 
     Source: Frantar et al. 2022, GPTQ, arXiv:2210.17323; Lin et al. 2023, AWQ, arXiv:2306.00978.
     """

@@ -228,8 +228,10 @@ class LinearKernelSuite(Suite):
     @pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
     def test_scales_may_be_of_more_groups_than_the_inputs_are_in(self, shuffled: bool) -> None:
         """As of a device's share, whose inputs belong to any of the whole linear's groups."""
-        kernel, half = self._kernel(), 64
-        for case in self._served(kernel, [affine(bits, half, 48, 32, act_order=True) for bits in (2, 3, 4, 8)]):
+        kernel = self._kernel()
+        shares = [affine(bits, half, 48, 32, act_order=True) for bits in (2, 3, 4, 8) for half in (64, 80)]
+        for case in self._served(kernel, shares):
+            half = case.facts.in_features
             whole = replace(case, facts=replace(case.facts, in_features=2 * half, act_order=shuffled)).draw(self.device)
             assert isinstance(whole, AffineWeight)
             for inputs in (slice(0, half), slice(half, 2 * half)):
