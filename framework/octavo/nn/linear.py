@@ -201,7 +201,12 @@ class Linear:
             ).to(self._method.device, self._method.dtype)
         self._prepared = self._method.prepare(
             [
-                StoredLinear(prefix=part.stored_prefix, shape=part.shape_of_one, tensors=tensors)
+                StoredLinear(
+                    prefix=part.stored_prefix,
+                    shape=part.shape_of_one,
+                    tensors=tensors,
+                    output_start=0 if part.stack is None else part.stack.offset,
+                )
                 for part, tensors in self._parts
             ]
         )
