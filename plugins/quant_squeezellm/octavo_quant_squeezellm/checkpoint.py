@@ -57,7 +57,7 @@ class SqueezeLLMCheckpoint(Checkpoint):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         mapped = self._mapped_tensors()
         # Copies: a tensor that a layer keeps as it is would keep the whole file mapped.
-        return ((name, tensor.clone()) for name, tensor in mapped.items())
+        return ((name, tensor.clone(memory_format=torch.contiguous_format)) for name, tensor in mapped.items())
 
     def _mapped_tensors(self) -> dict[str, Tensor]:
         """By name, backed by the file. The numbers among them, the tool's sparse_threshold.*, are left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,6 +90,15 @@ def test_startrows_change_nothing() -> None:
     without = {name: tensor for name, tensor in tensors.items() if name != "startrows"}
     found = [method_of(headers_of(each)).dequantize(stored_linear(each, shape)) for each in (tensors, without)]
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_codebooks_and_outliers_are_kept_as_stored_whatever_the_model_s_dtype(dtype: torch.dtype) -> None:
+    shape = LinearShape(in_features=32, out_features=5)
+    tensors = random_tensors(shape, 4, torch.Generator(), density=0.1, num_full=1, dtype=dtype)
+    declared = method_of(headers_of(tensors), dtype=torch.bfloat16).parameters(PREFIX, shape)
+    kept = {spec.name: spec.dtype for spec in declared if spec.dtype != torch.int32}
+    assert kept == {"lookup_table": dtype, "vals": dtype, "full_rows": dtype}
 
 
 def test_bias_that_only_the_checkpoint_has_is_declared() -> None:

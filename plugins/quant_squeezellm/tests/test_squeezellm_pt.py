@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from octavo.plugins.registry import default_registry
 from octavo.selection import choose_checkpoint
 from octavo_quant_squeezellm.checkpoint import SqueezeLLMCheckpoint
 
-STATE = {
+STATE: dict[str, Any] = {
     "model.layers.0.mlp.up_proj.qweight": torch.arange(12, dtype=torch.int32).view(4, 3),
     "model.layers.0.mlp.up_proj.lookup_table": torch.linspace(-1, 1, 48).view(3, 16),
     "model.norm.weight": torch.ones(32, dtype=torch.bfloat16),
@@ -51,10 +52,25 @@ def test_headers_name_shapes_types_and_bytes_as_safetensors_does(folder: Path) -
     }
 
 
-def test_tensors_do_not_hold_the_file(folder: Path) -> None:
+def test_tensors_are_copies_that_do_not_hold_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped: dict[str, torch.Tensor] = {}
+    load = torch.load
+
+    def record(*args: Any, **kwargs: Any) -> object:
+        mapped.update(load(*args, **kwargs))
+        return mapped
+
+    monkeypatch.setattr(torch, "load", record)
     tensors = dict(SqueezeLLMCheckpoint(str(folder)).tensors())
-    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors.values())
-    assert not any(tensor.untyped_storage().filename for tensor in tensors.values())
+    assert [name for name, tensor in tensors.items() if tensor.data_ptr() == mapped[name].data_ptr()] == []
+
+
+def test_tensors_are_contiguous_however_they_were_saved(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.qweight"
+    torch.save(STATE | {name: STATE[name].T.contiguous().T}, folder / "sq-w4.pt")
+    tensors = dict(SqueezeLLMCheckpoint(str(folder)).tensors())
+    assert tensors[name].is_contiguous()
+    assert torch.equal(tensors[name], STATE[name])
 
 
 def test_configuration_and_tokenizer_are_the_folder_s(tmp_path: Path) -> None:

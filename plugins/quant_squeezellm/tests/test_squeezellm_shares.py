@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from squeezellm_layers import decode, method_of, random_tensors, share_of, stored_linear
 
 from octavo.interfaces import LinearShape
-from octavo.nn.linear import LinearPart
+from octavo.nn.linear import Linear, LinearPart, Stack
+from octavo.nn.weights import WeightLoader
 from octavo.testing.stored_weight import PREFIX, headers_of
 
 SHAPE = LinearShape(in_features=256, out_features=24)
@@ -64,3 +65,22 @@ def test_sparse_tensors_are_whole_on_every_device() -> None:
     specs = method_of(headers_of(tensors)).parameters(PREFIX, SHAPE)
     whole = {spec.name for spec in specs if spec.output_axis is None and spec.input_axis is None}
     assert whole == {"rows", "cols", "vals", "startrows", "full_rows", "full_row_indices"}
+
+
+def test_projections_that_the_checkpoint_holds_as_one_have_each_their_outliers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = random_tensors(SHAPE, 4, generator, density=0.05, num_full=2)
+    loader, sizes = WeightLoader(), (12, 4, 8)
+    parts = [
+        LinearPart(
+            prefix=f"layers.0.{name}_proj",
+            in_features=SHAPE.in_features,
+            out_features=size,
+            stack=Stack(prefix=PREFIX, offset=offset, out_features=SHAPE.out_features),
+        )
+        for name, size, offset in zip("qkv", sizes, (0, 12, 16), strict=True)
+    ]
+    linear = Linear(method_of(headers_of(tensors)), loader, parts, bias=False)
+    loader.load((f"{PREFIX}.{name}", tensor) for name, tensor in tensors.items())
+    x = torch.randn(3, SHAPE.in_features, generator=generator)
+    assert torch.allclose(linear(x), x @ decode(tensors, 4).T, atol=1e-4)
