@@ -113,10 +113,10 @@ def _pack_blocks(codes: Tensor, bits: int) -> Tensor:
     """[rows, blocks, 32] uint8 -> [rows, blocks, bits] int32."""
     if WORD_BITS % bits == 0:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-        in_bytes = (codes.view(*codes.shape[:-1], -1, 8 // bits) << shifts).sum(-1, dtype=torch.uint8)
+        in_bytes = (codes.view(*codes.shape[:-1], 4 * bits, 8 // bits) << shifts).sum(-1, dtype=torch.uint8)
         return in_bytes.view(torch.int32)
     starts = torch.arange(0, 8 * bits, bits, device=codes.device)
     # 8 codes are `bits` whole bytes.
-    of_eight = (codes.view(*codes.shape[:-1], -1, 8).long() << starts).sum(-1, keepdim=True)
+    of_eight = (codes.view(*codes.shape[:-1], 4, 8).long() << starts).sum(-1, keepdim=True)
     in_bytes = (of_eight >> torch.arange(0, 8 * bits, 8, device=codes.device)).to(torch.uint8)
     return torch.flatten(in_bytes, -2).view(torch.int32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,55 +57,57 @@ def words(packed: Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(packed).view(np.int32))
 
 
-def store(
-    bits: int,
-    group_size: int,
-    *,
-    format: str = "gptq",
-    symmetric: bool = False,
-    act_order: bool = False,
-    dtype: torch.dtype = torch.float16,
-    bias: bool = False,
-) -> Callable[[LinearShape, torch.Generator], StoredWeight]:
-    """A maker of random linears of this kind."""
+@dataclass(frozen=True)
+class Kind:
+    """How a linear is quantized."""
 
-    def make(shape: LinearShape, generator: torch.Generator) -> StoredWeight:
-        rng = np.random.default_rng(generator.initial_seed())
-        size = shape.in_features if group_size == -1 else group_size
+    bits: int
+    group_size: int
+    format: str = "gptq"
+    symmetric: bool = False
+    act_order: bool = False
+    dtype: torch.dtype = torch.float16
+    bias: bool = False
+
+    def __str__(self) -> str:
+        words = [f"{self.bits} bits", self.format, f"groups of {self.group_size}", str(self.dtype)]
+        named = {"symmetric": self.symmetric, "act-order": self.act_order, "bias": self.bias}
+        return ", ".join([*words, *(name for name, has in named.items() if has)])
+
+    @property
+    def config(self) -> dict[str, object]:
+        """Its quantization_config."""
+        return {
+            "quant_method": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "checkpoint_format": self.format,
+            "sym": self.symmetric,
+            "desc_act": self.act_order,
+        }
+
+    def store(self, shape: LinearShape, generator: torch.Generator | None = None) -> StoredWeight:
+        """A random linear of this kind."""
+        rng = np.random.default_rng(0 if generator is None else generator.initial_seed())
+        size = shape.in_features if self.group_size == -1 else self.group_size
         group_of = np.arange(shape.in_features) // size
         groups = (group_of[-1] + 1, shape.out_features)
-        if act_order:
+        if self.act_order:
             group_of = rng.permutation(group_of)
-        zeros = np.full(groups, 2 ** (bits - 1)) if symmetric else rng.integers(0, 2**bits, groups)
-        scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups) / 2 ** (bits + 2)).to(dtype)
-        codes = rng.integers(0, 2**bits, (shape.in_features, shape.out_features))
-        planar = format == "gptq_p" or bits in (5, 6, 7)
+        zeros = np.full(groups, 2 ** (self.bits - 1)) if self.symmetric else rng.integers(0, 2**self.bits, groups)
+        scales = torch.from_numpy(rng.uniform(0.5, 1.5, groups) / 2 ** (self.bits + 2)).to(self.dtype)
+        codes = rng.integers(0, 2**self.bits, (shape.in_features, shape.out_features))
+        planar = self.format == "gptq_p" or self.bits in (5, 6, 7)
         tensors = {
-            "qweight": words(pack(codes, bits, planar)),
-            "qzeros": words(pack_zeros(zeros, bits, format)),
+            "qweight": words(pack(codes, self.bits, planar)),
+            "qzeros": words(pack_zeros(zeros, self.bits, self.format)),
             "scales": scales,
             "g_idx": torch.from_numpy(group_of.astype(np.int32)),
         }
-        if bias:
+        if self.bias:
             tensors["bias"] = torch.from_numpy(rng.standard_normal(shape.out_features)).half()
         weight = (codes - zeros[group_of]).astype(np.float32) * scales.float().numpy()[group_of]
         return StoredWeight(tensors=tensors, weight=torch.from_numpy(weight.T.copy()))
-
-    return make
-
-
-def config_of(
-    bits: int, group_size: int, *, format: str = "gptq", symmetric: bool = False, act_order: bool = False
-) -> dict[str, object]:
-    """The quantization_config of such linears."""
-    return {
-        "quant_method": "gptq",
-        "bits": bits,
-        "group_size": group_size,
-        "checkpoint_format": format,
-        "sym": symmetric,
-        "desc_act": act_order,
-    }
 
 
 def make_method(config: Mapping[str, object], headers: Mapping[str, TensorHeader]) -> GPTQMethod:

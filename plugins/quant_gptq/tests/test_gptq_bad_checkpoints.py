@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gptq_layers import config_of, make_method, store
+from gptq_layers import Kind, make_method
 from torch import Tensor
 
 from octavo.errors import CheckpointError
@@ -12,11 +12,11 @@ from octavo.interfaces import LinearShape, StoredLinear
 from octavo.testing.stored_weight import PREFIX, headers_of
 
 SHAPE = LinearShape(in_features=256, out_features=48)
-FOUR_BITS = config_of(4, 64)
+FOUR_BITS = Kind(4, 64).config
 
 
 def tensors(bits: int = 4, group_size: int = 64) -> dict[str, Tensor]:
-    return dict(store(bits, group_size)(SHAPE, torch.Generator()).tensors)
+    return dict(Kind(bits, group_size).store(SHAPE).tensors)
 
 
 def message(found: dict[str, Tensor], config: dict[str, object], shape: LinearShape = SHAPE) -> str:
@@ -33,12 +33,12 @@ def test_tensors_that_agree_are_no_error() -> None:
 
 
 def test_wrong_group_size_is_told() -> None:
-    text = message(tensors(group_size=64), config_of(4, 128))
+    text = message(tensors(group_size=64), Kind(4, 128).config)
     assert text.startswith("scales has 4 groups, but 256 inputs in groups of 128, as quantization_config says, are 2.")
 
 
 def test_wrong_bits_are_told_with_the_right_ones() -> None:
-    text = message(tensors(bits=4), config_of(8, 64))
+    text = message(tensors(bits=4), Kind(8, 64).config)
     assert "qweight has 32 rows of words, but 256 inputs of 8 bits, as quantization_config says, take 64." in text
     assert "So many are 4 bits" in text
 
@@ -68,7 +68,7 @@ def test_missing_tensor_is_told(name: str) -> None:
 def test_missing_zeros_of_symmetric_weights_are_not_missed() -> None:
     found = tensors()
     del found["qzeros"]
-    method = make_method(config_of(4, 64, symmetric=True), headers_of(found))
+    method = make_method(Kind(4, 64, symmetric=True).config, headers_of(found))
     assert [spec.name for spec in method.parameters(PREFIX, SHAPE)] == ["qweight", "scales", "g_idx"]
     assert method.weight(StoredLinear(prefix=PREFIX, shape=SHAPE, tensors=found)).zeros is None
 

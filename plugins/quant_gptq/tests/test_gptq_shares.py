@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
-from gptq_layers import config_of, make_method, store
+from gptq_layers import Kind, make_method
 
 from octavo.errors import ConfigError
 from octavo.interfaces import LinearShape, StoredLinear
@@ -16,23 +16,23 @@ from octavo.testing.stored_weight import PREFIX, headers_of
 from octavo_quant_gptq.method import GPTQMethod
 
 SHAPE = LinearShape(in_features=384, out_features=128)
-KINDS: list[tuple[int, int, dict[str, Any]]] = [
-    (2, 32, {}),
-    (3, 32, {}),
-    (3, 64, {"act_order": True}),
-    (4, 64, {"symmetric": True}),
-    (4, 80, {}),
-    (4, 80, {"act_order": True}),
-    (4, 128, {"format": "gptq_v2"}),
-    (5, 64, {}),
-    (8, -1, {}),
-    (8, 24, {"format": "gptq_v2", "act_order": True}),
+KINDS = [
+    Kind(2, 32),
+    Kind(3, 32),
+    Kind(3, 64, act_order=True),
+    Kind(4, 64, symmetric=True),
+    Kind(4, 80),
+    Kind(4, 80, act_order=True),
+    Kind(4, 128, "gptq_v2"),
+    Kind(5, 64),
+    Kind(8, -1),
+    Kind(8, 24, "gptq_v2", act_order=True),
 ]
 
 
-def made(bits: int, group_size: int, kind: dict[str, Any]) -> tuple[GPTQMethod, StoredWeight]:
-    stored = store(bits, group_size, **kind)(SHAPE, torch.Generator())
-    return make_method(config_of(bits, group_size, **kind), headers_of(stored.tensors)), stored
+def made(kind: Kind) -> tuple[GPTQMethod, StoredWeight]:
+    stored = kind.store(SHAPE)
+    return make_method(kind.config, headers_of(stored.tensors)), stored
 
 
 def shares(
@@ -58,27 +58,23 @@ def shares(
 
 
 @pytest.mark.parametrize("num_shares", [2, 3, 4])
-@pytest.mark.parametrize(("bits", "group_size", "kind"), KINDS)
-def test_shares_of_the_inputs_are_columns_of_the_whole(
-    bits: int, group_size: int, kind: dict[str, Any], num_shares: int
-) -> None:
-    method, stored = made(bits, group_size, kind)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_shares_of_the_inputs_are_columns_of_the_whole(kind: Kind, num_shares: int) -> None:
+    method, stored = made(kind)
     parts = [method.dequantize(share) for share in shares(method, stored, "row", num_shares)]
     assert torch.equal(torch.cat(parts, dim=1), stored.weight)
 
 
 @pytest.mark.parametrize("num_shares", [2, 4])
-@pytest.mark.parametrize(("bits", "group_size", "kind"), KINDS)
-def test_shares_of_the_outputs_are_rows_of_the_whole(
-    bits: int, group_size: int, kind: dict[str, Any], num_shares: int
-) -> None:
-    method, stored = made(bits, group_size, kind)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_shares_of_the_outputs_are_rows_of_the_whole(kind: Kind, num_shares: int) -> None:
+    method, stored = made(kind)
     parts = [method.dequantize(share) for share in shares(method, stored, "column", num_shares)]
     assert torch.equal(torch.cat(parts), stored.weight)
 
 
 def test_share_that_begins_inside_a_group_has_an_index_of_its_own_groups() -> None:
-    method, stored = made(4, 128, {})
+    method, stored = made(Kind(4, 128))
     first, second = (method.weight(share) for share in shares(method, stored, "row", 2))
     assert first.group_index is None
     assert second.group_index is not None
@@ -87,7 +83,7 @@ def test_share_that_begins_inside_a_group_has_an_index_of_its_own_groups() -> No
 
 
 def test_share_of_groups_in_order_holds_its_own_scales_only() -> None:
-    method, stored = made(4, 64, {})
+    method, stored = made(Kind(4, 64))
     weight = method.weight(shares(method, stored, "row", 2)[1])
     assert weight.group_index is None
     assert torch.equal(weight.scales, stored.tensors["scales"][3:])
@@ -95,12 +91,12 @@ def test_share_of_groups_in_order_holds_its_own_scales_only() -> None:
 
 
 def test_inputs_of_three_bits_that_devices_cannot_share_are_refused_before_loading() -> None:
-    method, stored = made(3, 32, {})
+    method, stored = made(Kind(3, 32))
     with pytest.raises(ConfigError, match=r"qweight cannot be cut into 8 equal parts: its 384 inputs"):
         shares(method, stored, "row", 8)
 
 
 def test_outputs_whose_zeros_devices_cannot_share_are_refused_before_loading() -> None:
-    method, stored = made(3, 32, {})
+    method, stored = made(Kind(3, 32))
     with pytest.raises(ConfigError, match=r"qzeros cannot be cut into 8 equal parts: its 128 outputs"):
         shares(method, stored, "column", 8)
