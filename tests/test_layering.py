@@ -82,6 +82,7 @@ PUBLISHED = (
     "octavo.model_config",
     "octavo.packing",
     "octavo.plugins.specs",
+    "octavo.plugins.triton_probe",
     "octavo.request",
     "octavo.sampling_params",
     "octavo.testing",

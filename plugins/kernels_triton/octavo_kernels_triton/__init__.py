@@ -18,6 +18,6 @@ def octavo_components() -> list[KernelsSpec]:
             devices=("cuda", "cpu"),
             dtypes=("bfloat16", "float16", "float32"),
             priority=10,
-            probe="octavo_kernels_triton.probe:why_not",
+            probe="octavo.plugins.triton_probe:why_not",
         )
     ]
