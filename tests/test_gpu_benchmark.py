@@ -57,7 +57,9 @@ def test_whole_script_runs_in_the_interpreter_and_finds_nothing_wrong(tiny_run: 
 def test_run_fills_every_table_but_the_one_of_gpu_kernels(tiny_run: Any) -> None:
     _, result, _ = tiny_run
     assert {table.name for table in tables.TABLES} - set(result["tables"]) == {"longest"}
-    assert {row["kernel"] for row in result["tables"]["correctness"]} == {"triton-flash", "triton-paged", "triton"}
+    attention, linears = {"triton-flash", "triton-paged"}, {"triton-affine", "triton-lookup"}
+    assert {row["kernel"] for row in result["tables"]["correctness"]} == {"triton", *attention, *linears}
+    assert {row["kernel"] for row in result["tables"]["linears"]} == linears
     assert {row["model"] for row in result["tables"]["tokens"]} == {"llama", "qwen2"}
 
 

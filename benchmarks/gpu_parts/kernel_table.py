@@ -49,10 +49,7 @@ def run(part: Part) -> None:
 
 def measure_ceiling(part: Part) -> Ceiling:
     """A copy of a gigabyte, and a product of 8192 x 8192 random bfloat16 matrices."""
-    size = part.choose(2**30, 2**30, 2**16)
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=part.device)
-    target = torch.empty_like(source)
-    seconds, method = seconds_of([lambda: target.copy_(source)] * 2, part.on_gpu)
+    size, seconds, method = time_copy(part)
     bytes_per_second = 2 * size / seconds
     part.add("kernels", kernel="torch copy", shape=f"{size / 2**20:.0f} MiB", us=seconds * 1e6, method=method,
              tb_s=bytes_per_second / 1e12)  # fmt: skip
@@ -63,6 +60,14 @@ def measure_ceiling(part: Part) -> Ceiling:
     part.add("kernels", kernel="torch matmul", shape=f"{side}^3 bf16", us=seconds * 1e6, method=method,
              tflops=flops_per_second / 1e12)  # fmt: skip
     return Ceiling(bytes_per_second=bytes_per_second, flops_per_second=flops_per_second)
+
+
+def time_copy(part: Part) -> tuple[int, float, str]:
+    """(bytes that are read and written again, seconds, how it was measured)."""
+    size = part.choose(2**30, 2**30, 2**16)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=part.device)
+    target = torch.empty_like(source)
+    return size, *seconds_of([lambda: target.copy_(source)] * 2, part.on_gpu)
 
 
 def report(

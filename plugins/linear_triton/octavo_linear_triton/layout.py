@@ -1,9 +1,9 @@
-"""How a weight lies in memory for the kernels: tiles of 32-bit words that one tensor core instruction after another uses up.
+"""How a weight lies in memory for the kernels: tiles of 32-bit words, used up by one matrix instruction after another.
 
-Inputs are cut into blocks of 32 * (16 // bits). Of one output, a block is 16 words. A half of word j, 16 bits, holds
-16 // bits codes: code p of the low half belongs to input 32 * p + j of the block, that of the high half to the input 16
-further. So a mask on 16 words gives the codes of 32 inputs, two 16-bit numbers a register, and the words of neighbouring
-outputs are one contiguous piece of memory. 3 bits take 3.2, 4 bits 4.
+Inputs are cut into blocks of 32 * (16 // bits). Of one output, a block is 16 words. Each half of word j, 16 bits,
+holds 16 // bits codes: code p of the low half belongs to input 32 * p + j of the block, that of the high half to the
+input 16 further. So a mask on 16 words gives the codes of 32 inputs, two 16-bit numbers a register, and the words of
+neighbouring outputs are one contiguous piece of memory. 3 bits take 3.2, 4 bits 4.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def pack_lookup(weight: LookupWeight, dtype: torch.dtype) -> PackedLookup:
 
 
 def num_affine_bytes(facts: WeightFacts) -> int:
-    """Of what `pack_affine` makes, scales of 16 bits; of groups in an order of their own as long as all are of one size."""
+    """Of what `pack_affine` makes, scales of 16 bits, groups of one size."""
     size = facts.group_size
     num_rows = -(-facts.in_features // size)
     places = facts.in_features

@@ -98,7 +98,7 @@ def product_heuristic(dtype_bits: int, num_tokens: int) -> ProductConfig:
 
 
 def nearest(entries: list[Mapping[str, Any]], case: Mapping[str, int]) -> Mapping[str, int] | None:
-    """The configuration whose case is nearest, sizes compared by their logarithms; None: none is for such activations."""
+    """The configuration whose case is nearest, sizes compared by their logarithms; None: none is for such a dtype."""
 
     def distance(when: Mapping[str, int]) -> float:
         return sum(abs(math.log2(when[name]) - math.log2(case[name])) for name in when)

@@ -20,15 +20,15 @@ def scaled_codes(words, biased_zeros, exponent, SHIFT: tl.constexpr, BITS: tl.co
     """
     mask: tl.constexpr = (2**BITS - 1) * 0x10001
     pairs = ((words >> SHIFT) & mask) | exponent
-    CODE: tl.constexpr = biased_zeros.dtype
-    low = pairs.to(tl.int16).to(CODE, bitcast=True) - biased_zeros[:, None]
-    high = (pairs >> 16).to(tl.int16).to(CODE, bitcast=True) - biased_zeros[:, None]
+    code_dtype: tl.constexpr = biased_zeros.dtype
+    low = pairs.to(tl.int16).to(code_dtype, bitcast=True) - biased_zeros[:, None]
+    high = (pairs >> 16).to(tl.int16).to(code_dtype, bitcast=True) - biased_zeros[:, None]
     return low.to(DOT), high.to(DOT)
 
 
 @triton.jit
 def looked_up(words, table, SHIFT: tl.constexpr, BITS: tl.constexpr):
-    """table[output, code] of the low and of the high halves of words, each [BLOCK_OUTPUTS, SLAB] of the table's dtype."""
+    """table[output, code] of the low and of the high halves of words, [BLOCK_OUTPUTS, SLAB] each, as the table is."""
     mask: tl.constexpr = 2**BITS - 1
     low = tl.gather(table, (words >> SHIFT) & mask, 1)
     high = tl.gather(table, (words >> (SHIFT + 16)) & mask, 1)

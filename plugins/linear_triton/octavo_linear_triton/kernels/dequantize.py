@@ -100,6 +100,11 @@ def dequantize_lookup_kernel(
         _store_inputs(out_rows, order_ptr, place + 16, in_features, mask, high)
 
 
+def dequantize(weight: PackedAffine | PackedLookup, dtype: torch.dtype) -> Tensor:
+    """[out_features, in_features]; `dtype` is the model's, which a table has already."""
+    return dequantize_affine(weight, dtype) if isinstance(weight, PackedAffine) else dequantize_lookup(weight)
+
+
 def dequantize_affine(weight: PackedAffine, dtype: torch.dtype) -> Tensor:
     """Launch it: [out_features, in_features]."""
     codes = weight.codes
