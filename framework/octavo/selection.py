@@ -22,11 +22,11 @@ from octavo.plugins.specs import (
     AttentionNeed,
     CheckpointNeed,
     ExecutorNeed,
+    LinearKernelNeed,
     LogitsRuleSpec,
     ModelNeed,
     Need,
     ProposerSpec,
-    LinearKernelNeed,
     QuantizationNeed,
     QuantizationSpec,
 )

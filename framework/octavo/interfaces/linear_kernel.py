@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -27,7 +27,7 @@ class WeightFacts:
         group_size: inputs that share a scale; `in_features` where there are no groups.
         act_order: inputs belong to groups in an order of their own.
         symmetric: every zero is 2 ** (bits - 1).
-        outliers: some weights lie beside the codes, sparse.
+        outliers: how many weights lie beside the codes, sparse; about as many where it is not known yet.
     """
 
     form: str
@@ -37,13 +37,13 @@ class WeightFacts:
     group_size: int
     act_order: bool = False
     symmetric: bool = False
-    outliers: bool = False
+    outliers: int = field(default=0, compare=False)
 
     def join(self, other: WeightFacts) -> WeightFacts | None:
         """Of both as one weight, the outputs of `other` behind its own; None: they cannot be one."""
         symmetric, outputs = self.symmetric and other.symmetric, self.out_features + other.out_features
-        whole = replace(self, out_features=outputs, symmetric=symmetric, outliers=self.outliers or other.outliers)
-        alike = replace(other, out_features=outputs, symmetric=symmetric, outliers=whole.outliers)
+        whole = replace(self, out_features=outputs, symmetric=symmetric, outliers=self.outliers + other.outliers)
+        alike = replace(other, out_features=outputs, symmetric=symmetric)
         return whole if whole == alike else None
 
     def __str__(self) -> str:
@@ -171,7 +171,7 @@ class LookupWeight:
             in_features=in_features,
             out_features=out_features,
             group_size=in_features,
-            outliers=self.outliers is not None,
+            outliers=0 if self.outliers is None else self.outliers.values().numel(),
         )
 
     def dequantize(self) -> Tensor:

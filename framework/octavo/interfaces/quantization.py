@@ -133,7 +133,7 @@ class QuantizationMethod(ABC):
         raise NotImplementedError(f"{type(self).__name__} has neither weight() nor a product of its own")
 
     def prepare(self, parts: Sequence[StoredLinear]) -> object:
-        """Turn a linear's tensors, or those of several stacked behind each other, into what `apply` reads; called once."""
+        """Turn the tensors of a linear, or of several stacked ones, into what `apply` reads; called once."""
         return self.kernels.prepare([self.weight(part.to(self.device)) for part in parts])
 
     def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -99,10 +99,11 @@ class DeviceLayerFactory(LayerFactory):
 
     @property
     def weight_bytes(self) -> int:
-        """Of all weights on one device once they are prepared."""
+        """Of all weights on one device once they are prepared; a sparse one has its number and where it stands."""
         kernels = self._method.kernels
         return self._loader.expected_bytes + sum(
-            kernels.choose(part.facts).num_bytes(part.facts) - part.stored_bytes for part in self.packed
+            kernels.choose(part.facts).num_bytes(part.facts) + 8 * part.facts.outliers - part.stored_bytes
+            for part in self.packed
         )
 
     @property

@@ -56,9 +56,9 @@ class QuantizationNeed(Need):
             {name for spec in specs if isinstance(spec, QuantizationSpec) for name in spec.formats} - {"none"}
         )
         return (
-            f"Load the model unquantized, or in one of the formats installed: {_list(tuple(known)) or 'none'}. A plugin "
-            f"adds this one with QuantizationSpec(formats=({self.format!r},), target=...), where the target is an "
-            "octavo.interfaces.QuantizationMethod."
+            f"Load the model unquantized, or in one of the formats installed: {_list(tuple(known)) or 'none'}. "
+            f"A plugin adds this one with QuantizationSpec(formats=({self.format!r},), target=...), where the target "
+            "is an octavo.interfaces.QuantizationMethod."
         )
 
 

@@ -9,6 +9,7 @@ Source: Kim et al. 2023, SqueezeLLM: Dense-and-Sparse Quantization, arXiv:2306.0
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 
@@ -88,7 +89,7 @@ class SqueezeLLMMethod(QuantizationMethod):
             in_features=shape.in_features,
             out_features=shape.out_features,
             group_size=shape.in_features,
-            outliers="rows" in found or "full_rows" in found,
+            outliers=sum(prod(found[name].shape) for name in ("vals", "full_rows") if name in found),
         )
 
     def weight(self, stored: StoredLinear) -> LookupWeight:

@@ -128,7 +128,8 @@ def test_joined_weights_are_their_outputs_behind_each_other(
         weights.append(method_of(headers_of(tensors)).weight(stored_linear(tensors, shape)))
     assert all(weights[0].joins(other) for other in weights[1:])
     joined = LookupWeight.join(weights)
-    assert joined.facts.outliers == any(density is not None for _, density in parts)
+    assert (joined.outliers is None) == all(density is None for _, density in parts)
+    assert joined.facts.outliers == sum(weight.facts.outliers for weight in weights)
     assert torch.equal(joined.dequantize(), torch.cat([weight.dequantize() for weight in weights]))
 
 
