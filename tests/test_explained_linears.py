@@ -1,4 +1,4 @@
-"""Explain's account of quantized linears: which kernel serves each kind, which were asked before it and why they refused."""
+"""What explain says of quantized linears: which kernel serves each kind, and why those asked before it refused."""
 
 from __future__ import annotations
 
