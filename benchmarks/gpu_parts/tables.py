@@ -129,8 +129,8 @@ TABLES = (
         ),
         note="The roofline is the time in which the prepared weight's bytes, x and y are copied. Plain is torch's "
         "linear with the weight in bfloat16. Each on many copies of its data, so that the L2 cache is cold. Targets: "
-        "never slower than dequantising; up to 16 tokens with 50 M weights or more 60 % of the roofline; at one token 2.5 "
-        "times as fast as plain there, 1.5 times on smaller ones.",
+        "never slower than dequantising; up to 16 tokens with 50 M weights or more 60 % of the roofline; at one token "
+        "2.5 times as fast as plain there, 1.5 times on smaller ones.",
     ),
     Table(
         name="start",

@@ -66,7 +66,7 @@ class PackedAffine:
 
     @property
     def middle(self) -> int:
-        return bias_of(self.code_dtype) + 2 ** (self.codes.bits - 1)
+        return bias_of(self.code_dtype) + (1 << self.codes.bits - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,7 +176,7 @@ def num_affine_bytes(facts: WeightFacts) -> int:
 
 def num_lookup_bytes(facts: WeightFacts, dtype: torch.dtype) -> int:
     """Of what `pack_lookup` makes, outliers not counted."""
-    return _num_code_bytes(facts, facts.in_features, False) + facts.out_features * 2**facts.bits * dtype.itemsize
+    return _num_code_bytes(facts, facts.in_features, False) + (facts.out_features << facts.bits) * dtype.itemsize
 
 
 def places_of(weight: AffineWeight) -> Places:
