@@ -181,9 +181,12 @@ class _LookupPiece(_Piece):
         if at_once == 1:
             weight = self.table.gather(1, codes)
         else:
-            # A complex number is two floats side by side, which one look-up finds: twice as fast as one by one.
-            pairs = torch.complex(self.table[:, None, :], self.table[:, :, None])
-            weight = torch.view_as_real(pairs.flatten(1).gather(1, codes)).flatten(1)
+            # Two floats side by side are one number to look up: twice as fast as one by one. As integers they are
+            # joined fastest, as complex numbers looked up.
+            first = functional.pad(self.table[:, :, None], (0, 1)).view(torch.int64)
+            second = functional.pad(self.table[:, :, None], (1, 0)).view(torch.int64)
+            pairs = (second | first.transpose(1, 2)).flatten(1).view(torch.complex64)
+            weight = torch.view_as_real(pairs.gather(1, codes)).flatten(1)
         if self.positions is not None and self.outliers is not None:
             weight.view(-1).index_add_(0, self.positions, self.outliers)
         return weight[:, : self.in_features]
@@ -289,6 +292,8 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 def _unpack(packed: Tensor, bits: int, num_codes: int) -> Tensor:
     """The inverse of `_pack`: [outputs, num_codes] uint8."""
+    if bits == 8:
+        return packed
     num_columns = packed.shape[1] * 8 // bits
     codes = torch.empty(packed.shape[0], num_columns, dtype=torch.uint8, device=packed.device)
     start = 0
