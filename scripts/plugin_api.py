@@ -24,6 +24,7 @@ SIGNATURES = (
     "octavo.model_config",
     "octavo.packing",
     "octavo.plugins.specs",
+    "octavo.plugins.triton_probe",
     "octavo.request",
     "octavo.sampling_params",
 )
