@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from octavo.plugins.specs import SchedulerSpec as SchedulerSpec
     from octavo.plugins.specs import Spec as Spec
     from octavo.sampling_params import SamplingParams as SamplingParams
+    from octavo.selection import open_checkpoint as open_checkpoint
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ _MODULES = {
         "Spec",
     ),
     "sampling_params": ("SamplingParams",),
+    "selection": ("open_checkpoint",),
 }
 
 if not TYPE_CHECKING:  # type checkers read the imports above, and so find a misspelt name

@@ -183,6 +183,17 @@ def open_model(registry: Registry, model: str, revision: str | None = None, weig
     return ModelFiles(path=path, choice=choice, checkpoint=checkpoint, model_config=model_config)
 
 
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """A model's files, of whatever format an installed plugin reads, for who makes something else of them.
+
+    Args:
+        model: as EngineConfig.model.
+
+    Raises: as `open_model`.
+    """
+    return open_model(default_registry(), model, revision).checkpoint
+
+
 def choose_checkpoint(registry: Registry, path: Path) -> Choice:
     """Which checkpoint format reads this folder or file."""
     filenames = tuple(sorted(entry.name for entry in path.iterdir())) if path.is_dir() else (path.name,)
