@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.packing import pack_columns, pack_rows, unpack_columns, unpack_rows, whole_words, words_for
@@ -52,6 +52,7 @@ def random_codes(rows: int, columns: int, bits: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 2**bits, (rows, columns), generator=generator)
 
 
+@settings(deadline=None)
 @given(bits=BITS, planar=st.booleans(), rows=ROWS, columns=COLUMNS, seed=SEEDS)
 def test_codes_of_any_words_are_those_of_the_decoder_bit_by_bit(
     bits: int, planar: bool, rows: int, columns: int, seed: int
@@ -64,6 +65,7 @@ def test_codes_of_any_words_are_those_of_the_decoder_bit_by_bit(
         assert codes == [decode(unsigned, bits, index, planar) for index in range(columns)]
 
 
+@settings(deadline=None)
 @given(bits=BITS, planar=st.booleans(), rows=ROWS, columns=COLUMNS, seed=SEEDS)
 def test_packed_columns_are_unpacked_as_they_were(bits: int, planar: bool, rows: int, columns: int, seed: int) -> None:
     codes = random_codes(rows, columns, bits, seed)
@@ -72,6 +74,7 @@ def test_packed_columns_are_unpacked_as_they_were(bits: int, planar: bool, rows:
     assert torch.equal(unpack_columns(words, bits, columns, planar=planar), codes.to(torch.uint8))
 
 
+@settings(deadline=None)
 @given(bits=BITS, planar=st.booleans(), rows=COLUMNS, columns=ROWS, seed=SEEDS)
 def test_packed_rows_are_packed_columns_turned(bits: int, planar: bool, rows: int, columns: int, seed: int) -> None:
     codes = random_codes(rows, columns, bits, seed)
@@ -80,12 +83,14 @@ def test_packed_rows_are_packed_columns_turned(bits: int, planar: bool, rows: in
     assert torch.equal(unpack_rows(words, bits, rows, planar=planar), codes.to(torch.uint8))
 
 
+@settings(deadline=None)
 @given(bits=BITS, planar=st.booleans(), columns=COLUMNS)
 def test_what_is_left_of_the_last_word_is_zero(bits: int, planar: bool, columns: int) -> None:
     words = pack_columns(torch.full((1, columns), 2**bits - 1), bits, planar=planar)
     assert sum(word.bit_count() for word in (words.long() % 2**32).flatten().tolist()) == bits * columns
 
 
+@settings(deadline=None)
 @given(bits=BITS, planar=st.booleans(), num_before=st.integers(0, 5), columns=COLUMNS, seed=SEEDS)
 def test_whole_words_may_be_cut_off(bits: int, planar: bool, num_before: int, columns: int, seed: int) -> None:
     codes_of_block, words_of_block = whole_words(bits, planar=planar)

@@ -90,7 +90,7 @@ class Kind:
         """A random linear of this kind."""
         rng = np.random.default_rng(0 if generator is None else generator.initial_seed())
         size = shape.in_features if self.group_size == -1 else self.group_size
-        group_of = np.arange(shape.in_features) // size
+        group_of: Array = np.arange(shape.in_features) // size
         groups = (group_of[-1] + 1, shape.out_features)
         if self.act_order:
             group_of = rng.permutation(group_of)

@@ -188,14 +188,10 @@ def test_parts_of_a_stack_may_have_different_bits() -> None:
 
 
 def test_tensors_decide_what_is_quantized() -> None:
-    config = {
-        **Kind(4, 32).config,
-        "dynamic": {f"-:{PREFIX}": {}},
-        "modules_in_block_to_quantize": ["self_attn.q_proj"],
-    }
+    says_others = {"dynamic": {f"-:{PREFIX}": {}}, "modules_in_block_to_quantize": ["self_attn.q_proj"]}
     stored = Kind(4, 32).store(SHAPE)
     headers = {**headers_of(stored.tensors), f"{DOWN}.weight": TensorHeader(shape=(8, 8), dtype="F16", num_bytes=128)}
-    method = make_method(config, headers)
+    method = make_method({**Kind(4, 32).config, **says_others}, headers)
     assert method.quantizes(PREFIX)
     assert not method.quantizes(DOWN)
     assert torch.equal(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from gptq_layers import Kind, make_method
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.interfaces import LinearShape, StoredLinear
 from octavo.testing.stored_weight import PREFIX, headers_of
 
 
+@settings(deadline=None)
 @given(
     bits=st.integers(2, 8),
     format=st.sampled_from(["gptq", "gptq_v2", "gptq_p"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -63,6 +64,17 @@ def test_shares_of_the_inputs_are_columns_of_the_whole(kind: Kind, num_shares: i
     method, stored = made(kind)
     parts = [method.dequantize(share) for share in shares(method, stored, "row", num_shares)]
     assert torch.equal(torch.cat(parts, dim=1), stored.weight)
+
+
+@pytest.mark.parametrize("num_shares", [2, 3, 4])
+@pytest.mark.parametrize("group_size", [64, 80, -1])
+def test_shares_of_the_inputs_without_an_index_are_columns_of_the_whole(group_size: int, num_shares: int) -> None:
+    kind = Kind(4, group_size)
+    whole = kind.store(SHAPE)
+    tensors = {name: tensor for name, tensor in whole.tensors.items() if name != "g_idx"}
+    stored, method = replace(whole, tensors=tensors), make_method(kind.config, headers_of(tensors))
+    parts = [method.dequantize(share) for share in shares(method, stored, "row", num_shares)]
+    assert torch.equal(torch.cat(parts, dim=1), whole.weight)
 
 
 @pytest.mark.parametrize("num_shares", [2, 4])
