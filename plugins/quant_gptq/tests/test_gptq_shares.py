@@ -9,9 +9,11 @@ import pytest
 import torch
 from gptq_layers import Kind, make_method
 
+from octavo.builtin.torch_linear import TorchPacked
 from octavo.errors import ConfigError
-from octavo.interfaces import LinearShape, StoredLinear
-from octavo.nn.linear import LinearPart
+from octavo.interfaces import LinearKernels, LinearShape, StoredLinear
+from octavo.nn.linear import Linear, LinearPart, Stack
+from octavo.nn.weights import WeightLoader
 from octavo.testing import StoredWeight
 from octavo.testing.stored_weight import PREFIX, headers_of
 from octavo_quant_gptq.method import GPTQMethod
@@ -83,6 +85,24 @@ def test_shares_of_the_outputs_are_rows_of_the_whole(kind: Kind, num_shares: int
     method, stored = made(kind)
     parts = [method.dequantize(share) for share in shares(method, stored, "column", num_shares)]
     assert torch.equal(torch.cat(parts), stored.weight)
+
+
+@pytest.mark.parametrize("kind", [Kind(4, 32, act_order=True), Kind(3, 32), Kind(4, -1, symmetric=True)], ids=str)
+def test_projections_that_are_stored_as_one_linear_are_its_rows(kind: Kind) -> None:
+    whole = kind.store(LinearShape(in_features=128, out_features=192))
+    kernels = LinearKernels({"torch-packed": TorchPacked(torch.float32, "cpu")})
+    method = GPTQMethod(kind.config, torch.float32, "cpu", headers_of(whole.tensors, "qkv"), kernels)
+    parts = [
+        LinearPart(
+            prefix=name, in_features=128, out_features=64, stack=Stack(prefix="qkv", offset=offset, out_features=192)
+        )
+        for name, offset in (("q", 0), ("k", 64), ("v", 128))
+    ]
+    loader = WeightLoader()
+    linear = Linear(method, loader, parts, bias=False)
+    loader.load(((f"qkv.{name}", tensor) for name, tensor in whole.tensors.items()), ())
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(linear(x), x @ whole.weight.T)
 
 
 def test_share_that_begins_inside_a_group_has_an_index_of_its_own_groups() -> None:
