@@ -176,6 +176,7 @@ class WeightLoader:
                 if self.num_bytes >= num_bytes_to_trim:
                     _return_free_memory()
                     num_bytes_to_trim = self.num_bytes + self.expected_bytes // _NUM_TRIMS
+        _return_free_memory()
         self.check(shapes, ignored)
 
 
