@@ -6,7 +6,9 @@ import pytest
 from linear_methods import PackedMethod, ScaledMethod, ThreeBits, factory
 
 from octavo.errors import ConfigError
+from octavo.interfaces import ParameterSpec
 from octavo.nn.factory import heads_of_one_rank
+from octavo.nn.linear import LinearPart
 from octavo.nn.weights import WeightLoader
 
 
@@ -90,6 +92,13 @@ def test_words_that_hold_codes_together_are_not_parted() -> None:
     with pytest.raises(ConfigError, match=r"64 inputs are stored as 6 elements, 32 values in every 3") as caught:
         factory(ThreeBits, num_ranks=3)[0].linear("down", 64, 40)
     assert "cannot be cut into 3 equal parts" in str(caught.value)
+
+
+def test_features_that_share_a_word_are_not_parted_though_the_words_divide() -> None:
+    part = LinearPart(prefix="up", in_features=8, out_features=12, num_shards=2)
+    zeros = ParameterSpec(name="qzeros", shape=(1, 2), output_axis=1, pack_factor=8)
+    with pytest.raises(ConfigError, match=r"up\.qzeros cannot be cut into 2 equal parts: its 12 outputs"):
+        part.shard(zeros)
 
 
 def test_an_axis_that_is_not_packed_is_cut_between_any_elements() -> None:

@@ -43,10 +43,10 @@ class ParameterSpec:
     pack_factor: int = 1
     pack_elements: int = 1
 
-    def elements_of_a_block(self, axis: int, num_features: int) -> int:
-        """Of `axis`, which runs over so many features: elements that a cut must not part; 1 where it is not packed."""
+    def values_of_a_block(self, axis: int, num_features: int) -> int:
+        """Of `axis`, which runs over so many features: those that a cut must not part; 1 where it is not packed."""
         packed = self.shape[axis] == -(-num_features * self.pack_elements // self.pack_factor)
-        return self.pack_elements if packed else 1
+        return self.pack_factor if packed else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

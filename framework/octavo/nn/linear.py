@@ -107,7 +107,8 @@ class LinearPart:
         if axis is None or self.num_shards == 1:
             return None
         features, side = (self.out_features, "outputs") if self.parallel == "column" else (self.in_features, "inputs")
-        if spec.shape[axis] % (self.num_shards * spec.elements_of_a_block(axis, features)) and not self.padded:
+        parted = features % (self.num_shards * spec.values_of_a_block(axis, features))
+        if (parted or spec.shape[axis] % self.num_shards) and not self.padded:
             each = "each" if spec.pack_elements == 1 else f"every {spec.pack_elements}"
             packed = f", {spec.pack_factor} values in {each}" if spec.pack_factor > 1 else ""
             raise ConfigError(

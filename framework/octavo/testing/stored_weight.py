@@ -136,8 +136,9 @@ class LoadedLinear:
         for spec in self.parameters:
             axis = getattr(spec, axis_name)
             if axis is not None and spec.name in tensors:
-                block = spec.elements_of_a_block(axis, num_features)
-                assert spec.shape[axis] % (2 * block) == 0, (
+                block = spec.values_of_a_block(axis, num_features)
+                whole = num_features % (2 * block) == 0 == spec.shape[axis] % 2
+                assert whole, (
                     f"{self}: {spec.name} {spec.shape} cannot be halved along axis {axis}; give the case another shape"
                 )
                 tensors[spec.name] = tensors[spec.name].chunk(2, dim=axis)[index].contiguous()
