@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from octavo_quantize.progress import Progress, progress_bars
 from octavo_quantize.texts import calibration_text, cut_samples, evaluation_text, read_text
 
 _GROUP_SIZE = 128
+_TEXT_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +158,9 @@ def _quantize(args: argparse.Namespace, python: Path | None, calibrated: str, sc
             samples=samples,
         )
         run_gptqmodel(job, python, scratch, progress)
+    for pattern in _TEXT_FILES:  # transformers writes tokenizers anew, now and then not quite the same
+        for file in plain.glob(pattern):
+            shutil.copyfile(file, scratch / "result" / file.name)
 
 
 def _quantize_squeezellm(

@@ -109,6 +109,6 @@ def _follow(process: subprocess.Popen[str], what: str, progress: Progress) -> bo
 
 def _last_lines(log: Path) -> str:
     """Bars are drawn over themselves with carriage returns: each drawing but its line's last was never to stay."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
+    text = log.read_bytes().decode("utf-8", errors="replace")  # as text, carriage returns would end lines
+    lines = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
     return "\n".join(f"  {line}" for line in [line for line in lines if line][-_NUM_LAST_LINES:])
