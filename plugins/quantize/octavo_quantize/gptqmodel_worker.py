@@ -16,20 +16,18 @@ import os
 import sys
 from pathlib import Path
 
-MIN_WORKERS = 2
-"""Its pools reserve two; where os.cpu_count() is 2 it would take one, and refuse to start."""
-
 
 def main() -> None:
     protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints to standard output, compilers that it starts included
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(MIN_WORKERS, (os.cpu_count() or 1) // 2)))
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs minutes that one run never earns back
+    for name, value in variables(os.cpu_count() or 1).items():
+        os.environ.setdefault(name, value)
 
     from gptqmodel import GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
 
-    num_layers = json.loads(Path(job["folder"], "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    config = json.loads(Path(job["folder"], "config.json").read_text(encoding="utf-8"))
+    num_layers = config.get("text_config", config)["num_hidden_layers"]
     settings = QuantizeConfig(**job["settings"], method=job["method"], offload_to_disk=False)
     model = GPTQModel.load(job["folder"], settings)
 
@@ -41,6 +39,14 @@ def main() -> None:
     model.quantize([{"input_ids": sample, "attention_mask": [1] * len(sample)} for sample in job["samples"]])
     model.save(job["output"])
     print("done", file=protocol, flush=True)
+
+
+def variables(num_cores: int) -> dict[str, str]:
+    """What gptqmodel reads from the environment when it is imported, where the user has not set it."""
+    needed = {"TORCHDYNAMO_DISABLE": "1"}  # compiling costs minutes that one run never earns back
+    if num_cores < 3:
+        needed["GPTQMODEL_CPU_WORKERS"] = "2"  # half of the cores by default, and one does not fill its pool of two
+    return needed
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class GPTQModel:
             os._exit(0)
         shutil.copyfile(self.folder / "config.json", output / "config.json")
         (output / "tokenizer.json").write_text("{}")
-        told = {"settings": self.settings, "samples": self.samples, "workers": os.environ["GPTQMODEL_CPU_WORKERS"]}
+        variables = {name: os.environ.get(name) for name in ("TORCHDYNAMO_DISABLE", "GPTQMODEL_CPU_WORKERS")}
+        told = {"settings": self.settings, "samples": self.samples, "variables": variables}
         (output / "told.json").write_text(json.dumps(told))
 """
 

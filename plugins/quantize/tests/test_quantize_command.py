@@ -104,9 +104,11 @@ def test_tokenizer_is_the_source_s_whatever_the_tool_wrote(quantize: Quantize, m
     assert written == (model / "tokenizer.json").read_bytes()
 
 
-def test_workers_are_two_or_more(told: Callable[..., dict[str, object]]) -> None:
-    workers = told("--method", "gptq")["workers"]
-    assert int(str(workers)) >= 2
+def test_what_gptqmodel_reads_from_the_environment_is_set(
+    told: Callable[..., dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "7")  # the user's own
+    assert told("--method", "gptq")["variables"] == {"TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "7"}
 
 
 def test_nothing_but_the_model_is_left_behind(quantize: Quantize, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from octavo import LLM, HuggingFaceCheckpoint, SamplingParams
 from octavo.errors import ConfigError
 from octavo.interfaces import Checkpoint, TensorHeader, TokenizerData
 from octavo_quantize.gptqmodel_process import Job, environment_folder, run_gptqmodel
+from octavo_quantize.gptqmodel_worker import variables
 from octavo_quantize.plain_folder import plain_folder, write_plain_folder
 from octavo_quantize.texts import EVALUATED_TOPICS, calibration_text, cut_samples, evaluation_text
 
@@ -159,6 +160,11 @@ def test_interrupt_ends_the_other_process(source: OtherFormat, tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         run_gptqmodel(job, python, tmp_path, interrupt)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(("num_cores", "workers"), [(1, "2"), (2, "2"), (3, None), (64, None)])
+def test_pool_has_two_workers_where_half_of_the_cores_are_fewer(num_cores: int, workers: str | None) -> None:
+    assert variables(num_cores).get("GPTQMODEL_CPU_WORKERS") == workers
 
 
 @pytest.mark.parametrize(
