@@ -61,8 +61,8 @@ def environment_python() -> Path:
     if not python.exists() or not any(folder.glob("lib/python*/site-packages/gptqmodel/__init__.py")):
         raise ConfigError(
             f"GPTQ and AWQ checkpoints are made by gptqmodel, in an environment of its own, which {folder} is not. "
-            f"Make it, once, with `python scripts/quantize_env {folder}` in a checkout of Octavo: 1.5 GB, a few minutes. "
-            f"{ENVIRONMENT} names a folder elsewhere."
+            f"Make it, once, with `python scripts/quantize_env {folder}` in a checkout of Octavo: 1.5 GB, a few "
+            f"minutes. {ENVIRONMENT} names a folder elsewhere."
         )
     return python
 
