@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         )
     # Beside its place, then moved: nobody ever sees half a model.
     with tempfile.TemporaryDirectory(dir=_parent(output), prefix=f".{output.name}-") as folder:
-        scratch = Path(folder)
+        scratch = Path(folder).absolute()
         _quantize(args, python, calibrated, scratch)
         os.rename(scratch / "result", output)
     print(f"{args.model} is quantised: {output}, {_num_bytes(output) / 1e6:,.0f} MB", flush=True)
@@ -151,8 +151,8 @@ def _quantize(args: argparse.Namespace, python: Path | None, calibrated: str, sc
             _quantize_squeezellm(args, plain, scratch / "result", samples, progress)
             return
         job = Job(
-            folder=str(plain.absolute()),
-            output=str((scratch / "result").absolute()),
+            folder=str(plain),
+            output=str(scratch / "result"),
             method=args.method,
             settings=gptqmodel_settings(args),
             samples=samples,

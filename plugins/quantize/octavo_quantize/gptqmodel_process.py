@@ -72,7 +72,7 @@ def run_gptqmodel(job: Job, python: Path, scratch: Path, progress: Progress) -> 
 
     Args:
         python: of the environment.
-        scratch: a folder for the job and what gptqmodel prints.
+        scratch: a folder, its path absolute, for the job and what gptqmodel prints and leaves behind.
 
     Raises:
         QuantizingError: it ended before it was done.
@@ -81,7 +81,12 @@ def run_gptqmodel(job: Job, python: Path, scratch: Path, progress: Progress) -> 
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [python, _WORKER, job_file], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
+            [python.absolute(), _WORKER, job_file],
+            cwd=scratch,  # where gptqmodel leaves logs of its own
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
         try:
             done = _follow(process, job.method, progress)
