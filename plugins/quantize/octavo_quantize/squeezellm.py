@@ -25,9 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from octavo.errors import CheckpointError, ConfigError
 from octavo.packing import WORD_BITS, pack_rows
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with what is done ("sensitivities" of samples, then "k-means" of linears), how many are, and of how many."""
+from octavo_quantize.progress import Progress
 
 Vector: TypeAlias = NDArray[np.float64]
 
