@@ -25,6 +25,7 @@ SIGNATURES = (
     "octavo.packing",
     "octavo.plugins.specs",
     "octavo.plugins.triton_probe",
+    "octavo.plugins.tuned_data",
     "octavo.request",
     "octavo.sampling_params",
 )

@@ -83,6 +83,7 @@ PUBLISHED = (
     "octavo.packing",
     "octavo.plugins.specs",
     "octavo.plugins.triton_probe",
+    "octavo.plugins.tuned_data",
     "octavo.request",
     "octavo.sampling_params",
     "octavo.testing",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from octavo.errors import ShapeError
 from octavo.interfaces.attention import KVCache
+from octavo.plugins.tuned_data import INTERPRETED
 from octavo_attention_triton.kernels.write_kv import write_kv_kernel
-from octavo_attention_triton.tuned import INTERPRETED
 
 # 8 tokens of 128 elements are 16 bytes of 16-bit elements for each of 128 threads; the interpreter pays by the program.
 _BLOCK_TOKENS = 64 if INTERPRETED else 8

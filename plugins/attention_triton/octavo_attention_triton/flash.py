@@ -18,9 +18,10 @@ from octavo.interfaces import (
     nhd_layout,
 )
 from octavo.plugins.specs import AttentionNeed
+from octavo.plugins.tuned_data import target_capability
 from octavo_attention_triton.cache import rotate_and_write_kv, write_kv
 from octavo_attention_triton.kernels.flash_prefill import flash_prefill
-from octavo_attention_triton.tuned import FlashConfig, flash_config, target_capability
+from octavo_attention_triton.tuned import FlashConfig, flash_config
 
 
 @dataclass(slots=True)

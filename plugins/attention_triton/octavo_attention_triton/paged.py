@@ -17,11 +17,12 @@ from octavo.interfaces import (
     nhd_layout,
 )
 from octavo.plugins.specs import AttentionNeed
+from octavo.plugins.tuned_data import target_capability
 from octavo_attention_triton.cache import rotate_and_write_kv, write_kv
 from octavo_attention_triton.kernels.merge_splits import SplitStates
 from octavo_attention_triton.kernels.paged_decode import paged_decode
 from octavo_attention_triton.options import MAX_SPLITS, PagedOptions
-from octavo_attention_triton.tuned import PagedConfig, num_multiprocessors, paged_config, target_capability
+from octavo_attention_triton.tuned import PagedConfig, num_multiprocessors, paged_config
 
 # Programs on a multiprocessor: with two of them one computes while the other waits for memory.
 _PROGRAMS_EACH = 2

@@ -10,15 +10,10 @@ Needs a GPU, and what the tests need (`pip install octavo-attention-triton[test]
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
-import math
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +21,13 @@ import numpy as np
 import torch
 
 from octavo.interfaces import AttentionBackend, AttentionParameters, BatchLayout, BatchLimits, KVCache
+from octavo.plugins import tuned_data
 from octavo.plugins.specs import AttentionNeed
-from octavo_attention_triton.tuned import CONFIGS, INTERPRETED, FlashConfig, PagedConfig
-
-Config = dict[str, int]
-Document = dict[str, Any]
+from octavo.plugins.tuned_data import Config, TunedCase, Tuner, graph_seconds
+from octavo_attention_triton.tuned import CONFIGS, FlashConfig, PagedConfig
 
 _COLD_BYTES = 256 * 2**20  # of keys and values between two uses of one cache: more than any L2 holds
 _NUM_KV_HEADS, _GROUP, _BLOCK_SIZE = 8, 4, 16  # of Llama-3-8B, where a case does not say
-_REPEATS = 5
-_WHERE_IT_SAYS = ' where "microseconds" says so; the others: '
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +40,8 @@ class Workload:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class Case(TunedCase[Workload]):
     """One entry of a file: a kernel and the "when" it is for."""
-
-    kernel: str
-    when: Mapping[str, int]
 
     def need(self) -> AttentionNeed:
         """Of a model that this case is for."""
@@ -87,124 +76,32 @@ class Case:
         return [dict(zip(sizes, values, strict=True)) for values in itertools.product(*sizes.values())]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """What a case's entry is to be; `seconds` of a launch, the geometric mean over its workloads."""
-
-    case: Case
-    config: Config
-    seconds: float
-
-
-def cases_of(document: Document) -> list[Case]:
-    """One for each entry."""
-    return [
-        Case(kernel=kernel, when=entry["when"]) for kernel, entries in document["kernels"].items() for entry in entries
-    ]
-
-
-def best(
-    case: Case, faults: Callable[[Case, Config], list[str]], seconds: Callable[[Case, Workload, Config], float]
-) -> Measured:
-    """The fastest candidate of those without faults, by the geometric mean over the workloads.
-
-    Args:
-        faults: reasons against a candidate, found by compiling it.
-        seconds: of one launch on a workload.
-
-    Raises:
-        ValueError: every candidate has faults; the message quotes the first one's.
-    """
-    candidates = case.candidates()
-    reasons = [faults(case, candidate) for candidate in candidates]
-    usable = [candidate for candidate, found in zip(candidates, reasons, strict=True) if not found]
-    if not usable:
-        raise ValueError(
-            f"{case.kernel}: none of {len(candidates)} candidates can be used for {dict(case.when)}; {candidates[0]} "
-            f"{'; '.join(reasons[0])}. Try smaller tiles."
-        )
-    logarithms = [0.0] * len(usable)
-    for workload in case.workloads():  # outermost: its tensors are made once
-        for index, candidate in enumerate(usable):
-            logarithms[index] += math.log(seconds(case, workload, candidate))
-    fastest = min(range(len(usable)), key=logarithms.__getitem__)
-    return Measured(case=case, config=usable[fastest], seconds=math.exp(logarithms[fastest] / len(case.workloads())))
-
-
-def with_measured(document: Document, measured: Sequence[Measured], facts: Document) -> Document:
-    """The document with what was measured in place of its entries for the same cases.
-
-    Args:
-        facts: gpu, versions, date, multiprocessors.
-    """
-    kernels: dict[str, list[Document]] = {}
-    for kernel, entries in document["kernels"].items():
-        new = {_key(one.case.when): one for one in measured if one.case.kernel == kernel}
-        kernels[kernel] = [
-            {"when": entry["when"], "config": one.config, "microseconds": round(one.seconds * 1e6, 2)}
-            if (one := new.get(_key(entry["when"])))
-            else entry
-            for entry in entries
-        ]
-    source = "measured by octavo_attention_triton.tune"
-    if not all("microseconds" in entry for entries in kernels.values() for entry in entries):
-        source += f"{_WHERE_IT_SAYS}{document['source'].rpartition(_WHERE_IT_SAYS)[2]}"
-    return {"source": source, **facts, "kernels": kernels}
-
-
-def as_text(document: Document) -> str:
-    """JSON with one entry a line."""
-    text = json.dumps(document, indent=2)
-    entry = re.compile(r"\{\s+\"when\": \{[^{}]*\},\s+\"config\": \{[^{}]*\}(?:,\s+\"microseconds\": [\d.e-]+)?\s+\}")
-    return entry.sub(lambda found: re.sub(r"\s+", " ", found[0]).replace("{ ", "{").replace(" }", "}"), text) + "\n"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m octavo_attention_triton.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", help="only this kernel's cases")
     parser.add_argument("--head-dim", type=int, help="only cases of this head size")
     parser.add_argument("--out", type=Path, help="the file to write; by default the one that is read")
     options = parser.parse_args(arguments)
-    if INTERPRETED or not torch.cuda.is_available():
-        why = "TRITON_INTERPRET is set" if INTERPRETED else "torch sees no GPU"
-        print(f"Tile sizes are measured on the GPU they are for, and {why}. Run this on that GPU.", file=sys.stderr)
-        return 1
-    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    path = CONFIGS / f"sm_{capability}.json"
-    document = json.loads((path if path.exists() else CONFIGS / "sm_90.json").read_text())
-    measured, gpu = [], _GPU(capability)
-    for case in cases_of(document):
-        if options.kernel in (None, case.kernel) and options.head_dim in (None, case.when["head_dim"]):
-            measured.append(one := best(case, gpu.faults, gpu.seconds))
-            print(f"{case.kernel} {dict(case.when)}: {one.config}, {one.seconds * 1e6:.1f} us", flush=True)
-    out = options.out or path
-    out.write_text(as_text(with_measured(document, measured, gpu.facts())))
-    print(f"{len(measured)} entries measured, {out} written")
-    return 0
+
+    def is_wanted(case: Case) -> bool:
+        return options.kernel in (None, case.kernel) and options.head_dim in (None, case.when["head_dim"])
+
+    return tuned_data.tune(CONFIGS, Case, _GPU, is_wanted, distribution="octavo-attention-triton", out=options.out)
 
 
-class _GPU:
+class _GPU(Tuner[Case, Workload]):
     """Compiles and times candidates."""
 
     def __init__(self, capability: int) -> None:
-        self._capability = capability
+        super().__init__(capability)
         self._prepared: tuple[object, _Step] | None = None
-
-    def facts(self) -> Document:
-        properties = torch.cuda.get_device_properties(0)
-        return {
-            "gpu": properties.name,
-            "versions": {name: version(name) for name in ("torch", "triton", "octavo-attention-triton")},
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "multiprocessors": properties.multi_processor_count,
-        }
 
     def faults(self, case: Case, config: Config) -> list[str]:
         from octavo.testing import compiling  # here: what it needs is installed for tests
 
         workload = Workload(num_requests=1, num_tokens=case.workloads()[0].num_tokens, context=64)
         try:
-            with compiling(self._capability) as compiled:
+            with compiling(self.capability) as compiled:
                 _Step(case, workload, "cpu", num_caches=1).launch(config, 0)
         except RuntimeError as error:  # what the compiler says is the reason
             return [str(error)]
@@ -216,22 +113,7 @@ class _GPU:
             self._prepared = None  # its memory first
             self._prepared = (case, workload), _Step(case, workload, "cuda")
         step = self._prepared[1]
-        step.launch(config, 0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for index in range(len(step.caches)):
-                step.launch(config, index)
-        graph.replay()
-        times: list[float] = []
-        for _ in range(_REPEATS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000 / len(step.caches))
-        return sorted(times)[len(times) // 2]
+        return graph_seconds(lambda index: step.launch(config, index), len(step.caches))
 
 
 class _Step:
@@ -278,10 +160,6 @@ class _Step:
         self._state.config = self._make_config(**config)
         query, key, value = self._inputs
         self._backend.forward(query, key, value, self.caches[index], self._state, self._parameters)
-
-
-def _key(when: Mapping[str, int]) -> frozenset[tuple[str, int]]:
-    return frozenset(when.items())
 
 
 def _layout(workload: Workload, block_size: int, device: str) -> BatchLayout:

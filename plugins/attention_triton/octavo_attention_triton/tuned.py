@@ -1,46 +1,30 @@
-# mypy: disable-error-code="import-untyped"
 """Tile sizes of this package's kernels: data per GPU architecture in configs/, a heuristic where there is none.
 
 Nothing is measured while serving; `python -m octavo_attention_triton.tune` does, and writes a file.
 
-A file configs/sm_<capability>.json holds
-
-    source              how its numbers were found
-    gpu                 the GPU they were measured on, null when they were not
-    versions, date      of that measurement
-    multiprocessors     of that GPU, or of one of its architecture
-    kernels             kernel name -> list of {"when": case, "config": tile sizes}; with "microseconds" it was measured
-
-A case is made of numbers: bits (of an activation), kv_bits (of a cached element), head_dim (as a tile holds it: the
-next power of two), and what else the kernel's configuration depends on.
+`octavo.plugins.tuned_data` says what a file holds. A case is made of numbers: bits (of an activation),
+kv_bits (of a cached element), head_dim (as a tile holds it: the next power of two), and what
+else the kernel's configuration depends on.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from octavo.plugins import tuned_data
+from octavo.plugins.tuned_data import INTERPRETER
+
 CONFIGS = Path(__file__).parent / "configs"
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton kernels of this process are interpreted on the CPU instead of compiled."""
-
-_INTERPRETER = 0  # in place of a compute capability
 
 # Bytes of shared memory that one program may use, by compute capability (CUDA programming guide, technical
 # specifications); the smallest of them where it is not listed.
 _SHARED_BYTES = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448}
 _LEAST_SHARED_BYTES = 101_376
-
-_EXACT = ("bits", "kv_bits")  # of another size of element, nothing can be said
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,20 +46,9 @@ class PagedConfig:
     num_stages: int
 
 
-def target_capability() -> int:
-    """Of the GPU that kernels are launched on, 90 for 9.0; 0 under the interpreter."""
-    if INTERPRETED:
-        return _INTERPRETER
-    from triton.runtime import driver
-
-    return int(driver.active.get_current_target().arch)
-
-
 def num_multiprocessors(capability: int, device: str) -> int:
     """How many programs run side by side at the least."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return int(_load(capability).get("multiprocessors", 4))
+    return tuned_data.num_multiprocessors(CONFIGS, capability, device)
 
 
 def flash_config(capability: int, dtype: torch.dtype, head_dim: int, max_query_len: int, fp8: bool) -> FlashConfig:
@@ -94,38 +67,27 @@ def paged_config(
     capability: int, dtype: torch.dtype, head_dim: int, group: int, block_size: int, fp8: bool
 ) -> PagedConfig:
     """Tiles of the decode kernel; `dtype` of queries, `fp8` whether the cache holds 8-bit elements."""
-    if capability == _INTERPRETER:
+    if capability == INTERPRETER:
         return PagedConfig(block_n=64, num_warps=4, num_stages=1)
     bits = dtype.itemsize * 8
     case = _case(bits, head_dim, fp8) | {"group": group, "block_size": block_size}
-    if (found := nearest(_cases(capability, "paged_decode"), case)) is not None:
+    if (found := _nearest(capability, "paged_decode", case)) is not None:
         return PagedConfig(**found)
     return _paged_heuristic(bits, case["head_dim"], fp8)
 
 
-def nearest(entries: list[Mapping[str, Any]], case: Mapping[str, int]) -> Mapping[str, int] | None:
-    """The configuration whose case is nearest, sizes compared by their logarithms; None: none fits.
-
-    An entry for other sizes of elements does not fit, nor one for a smaller head: its tiles may be too large.
-    """
-
-    def fits(when: Mapping[str, int]) -> bool:
-        same = all(when[name] == case[name] for name in _EXACT if name in when)
-        return same and ("head_dim" not in when or when["head_dim"] >= case["head_dim"])
-
-    def distance(when: Mapping[str, int]) -> float:
-        return sum(abs(math.log2(when[name]) - math.log2(case[name])) for name in when if name not in _EXACT)
-
-    fitting = [entry for entry in entries if fits(entry["when"])]
-    return min(fitting, key=lambda entry: distance(entry["when"]))["config"] if fitting else None
+def _nearest(capability: int, kernel: str, case: Mapping[str, int]) -> Mapping[str, int] | None:
+    """An entry for other sizes of elements does not fit, nor one for a smaller head: its tiles may be too large."""
+    entries = tuned_data.entries(CONFIGS, capability, kernel)
+    return tuned_data.nearest(entries, case, same=["bits", "kv_bits"], at_least=["head_dim"])
 
 
 @lru_cache(maxsize=1024)
 def _flash_config(capability: int, bits: int, head_dim: int, log_query_len: int, fp8: bool) -> FlashConfig:
-    if capability == _INTERPRETER:
+    if capability == INTERPRETER:
         return FlashConfig(block_m=32, block_n=32, num_warps=4, num_stages=1)
     case = _case(bits, head_dim, fp8) | {"max_query_len": 1 << log_query_len}
-    if (found := nearest(_cases(capability, "flash_prefill"), case)) is not None:
+    if (found := _nearest(capability, "flash_prefill", case)) is not None:
         return FlashConfig(**found)
     return _flash_heuristic(capability, bits, case["head_dim"], case["max_query_len"], fp8)
 
@@ -161,16 +123,3 @@ def _flash_heuristic(capability: int, bits: int, head_dim: int, max_query_len: i
 
 def _shared_bytes(capability: int) -> int:
     return _SHARED_BYTES.get(capability, _LEAST_SHARED_BYTES)
-
-
-def _cases(capability: int, kernel: str) -> list[Mapping[str, Any]]:
-    entries: list[Mapping[str, Any]] = _load(capability).get("kernels", {}).get(kernel, [])
-    return entries
-
-
-@cache
-def _load(capability: int) -> Mapping[str, Any]:
-    """The file of an architecture; {} when there is none."""
-    path = CONFIGS / f"sm_{capability}.json"
-    content: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return content

@@ -10,34 +10,33 @@ import pytest
 import torch
 
 from octavo_attention_triton import tuned
-from octavo_attention_triton.tuned import CONFIGS, PagedConfig, flash_config, nearest, paged_config
+from octavo_attention_triton.tuned import CONFIGS, PagedConfig, flash_config, paged_config
 
 FILES = sorted(CONFIGS.glob("sm_*.json"))
 
 
-def entry(block_n: int, **when: int) -> dict[str, dict[str, int]]:
-    return {"when": when, "config": {"block_n": block_n}}
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(tuned, "CONFIGS", tmp_path)
+    return tmp_path
 
 
-def test_nearest_size_is_taken_by_its_logarithm() -> None:
-    entries = [entry(1, rows=16), entry(2, rows=64)]
-    assert nearest(entries, {"rows": 30})["block_n"] == 1
-    assert nearest(entries, {"rows": 34})["block_n"] == 2
+def write_entry(folder: Path, **when: int) -> None:
+    config = {"block_n": 7, "num_warps": 4, "num_stages": 1}
+    (folder / "sm_12.json").write_text(json.dumps({"kernels": {"paged_decode": [{"when": when, "config": config}]}}))
 
 
-def test_entry_for_other_elements_does_not_fit() -> None:
-    assert nearest([entry(1, bits=16, head_dim=64)], {"bits": 32, "head_dim": 64}) is None
-    assert nearest([entry(1, bits=16, kv_bits=16)], {"bits": 16, "kv_bits": 8}) is None
-
-
-def test_entry_for_a_smaller_head_does_not_fit() -> None:
-    entries = [entry(1, head_dim=64), entry(2, head_dim=256)]
-    assert nearest(entries, {"head_dim": 128})["block_n"] == 2
-    assert nearest(entries, {"head_dim": 512}) is None
-
-
-def test_what_an_entry_does_not_name_does_not_matter() -> None:
-    assert nearest([entry(1)], {"rows": 7})["block_n"] == 1
+@pytest.mark.parametrize(
+    ("head_dim", "fp8", "block_n"), [(128, False, 7), (64, False, 7), (256, False, 32), (128, True, 64)]
+)
+def test_entry_for_other_elements_or_a_smaller_head_does_not_fit(
+    folder: Path, head_dim: int, fp8: bool, block_n: int
+) -> None:
+    write_entry(folder, bits=16, kv_bits=16, head_dim=128)
+    paged_config.cache_clear()
+    chosen = paged_config(12, torch.bfloat16, head_dim, 4, 16, fp8)
+    paged_config.cache_clear()
+    assert chosen.block_n == block_n
 
 
 def test_odd_head_size_takes_the_tiles_of_the_next_power_of_two() -> None:

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo.interfaces import AffineWeight, LinearKernel, PackedWeight, WeightFacts
+from octavo.plugins.tuned_data import INTERPRETED, target_capability
 from octavo_linear_triton import layout
 from octavo_linear_triton.kernels.affine_linear import affine_linear
 from octavo_linear_triton.kernels.dequantize import dequantize_affine
 from octavo_linear_triton.kernels.partials import add_partials, make_partials
-from octavo_linear_triton.tuned import INTERPRETED, most_splits, product_config, target_capability
+from octavo_linear_triton.tuned import most_splits, product_config
 
 
 class TritonAffine(LinearKernel):

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from octavo.interfaces import LinearKernel, LookupWeight, PackedWeight, WeightFacts
+from octavo.plugins.tuned_data import target_capability
 from octavo_linear_triton import layout
 from octavo_linear_triton.kernels.dequantize import dequantize_lookup
 from octavo_linear_triton.kernels.lookup_linear import lookup_linear
 from octavo_linear_triton.kernels.outliers import outliers_linear
 from octavo_linear_triton.kernels.partials import add_partials, make_partials
-from octavo_linear_triton.tuned import most_splits, product_config, target_capability
+from octavo_linear_triton.tuned import most_splits, product_config
 
 _MAX_BITS = 4
 """A codebook of more entries than a slab has places does not fit beside what a program reads."""

@@ -10,21 +10,18 @@ Needs a GPU, and what the tests need (`pip install octavo-linear-triton[test] py
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
 import math
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from octavo.plugins import tuned_data
+from octavo.plugins.tuned_data import Config, TunedCase, Tuner, graph_seconds
 from octavo_linear_triton.layout import (
     PackedAffine,
     PackedCodes,
@@ -34,29 +31,26 @@ from octavo_linear_triton.layout import (
     code_dtype_for,
     num_blocks,
 )
-from octavo_linear_triton.tuned import CONFIGS, INTERPRETED, ProductConfig, most_splits
+from octavo_linear_triton.tuned import CONFIGS, ProductConfig, most_splits
 
-Config = dict[str, int]
-Document = dict[str, Any]
 Shape = tuple[int, int]
 
 _SHAPES: tuple[Shape, ...] = ((4096, 4096), (4096, 14336), (14336, 4096))  # inputs, outputs: of Llama-3-8B
 _GROUP_SIZE = 128
 _COLD_BYTES = 256 * 2**20  # of weights between two uses of one: more than any L2 holds
-_REPEATS = 5
-_WHERE_IT_SAYS = ' where "microseconds" says so; the others: '
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
+class Case(TunedCase[Shape]):
     """One entry of a file: a kernel and the "when" it is for."""
-
-    kernel: str
-    when: Mapping[str, int]
 
     @property
     def dtype(self) -> torch.dtype:
         return {16: torch.bfloat16, 32: torch.float32}[self.when["dtype_bits"]]
+
+    def workloads(self) -> Sequence[Shape]:
+        """Inputs and outputs of weights."""
+        return _SHAPES
 
     def candidates(self) -> list[Config]:
         """Sizes to try."""
@@ -71,124 +65,32 @@ class Case:
         return [dict(zip(sizes, values, strict=True)) for values in itertools.product(*sizes.values())]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """What a case's entry is to be; `seconds` of a product, the geometric mean over the shapes."""
-
-    case: Case
-    config: Config
-    seconds: float
-
-
-def cases_of(document: Document) -> list[Case]:
-    """One for each entry."""
-    return [
-        Case(kernel=kernel, when=entry["when"]) for kernel, entries in document["kernels"].items() for entry in entries
-    ]
-
-
-def best(
-    case: Case, faults: Callable[[Case, Config], list[str]], seconds: Callable[[Case, Shape, Config], float]
-) -> Measured:
-    """The fastest candidate of those without faults, by the geometric mean over the shapes.
-
-    Args:
-        faults: reasons against a candidate, found by compiling it.
-        seconds: of one product with a weight of such inputs and outputs.
-
-    Raises:
-        ValueError: every candidate has faults; the message quotes the first one's.
-    """
-    candidates = case.candidates()
-    reasons = [faults(case, candidate) for candidate in candidates]
-    usable = [candidate for candidate, found in zip(candidates, reasons, strict=True) if not found]
-    if not usable:
-        raise ValueError(
-            f"{case.kernel}: none of {len(candidates)} candidates can be used for {dict(case.when)}; {candidates[0]} "
-            f"{'; '.join(reasons[0])}. Try smaller tiles."
-        )
-    logarithms = [0.0] * len(usable)
-    for shape in _SHAPES:  # outermost: its weights are made once
-        for index, candidate in enumerate(usable):
-            logarithms[index] += math.log(seconds(case, shape, candidate))
-    fastest = min(range(len(usable)), key=logarithms.__getitem__)
-    return Measured(case=case, config=usable[fastest], seconds=math.exp(logarithms[fastest] / len(_SHAPES)))
-
-
-def with_measured(document: Document, measured: Sequence[Measured], facts: Document) -> Document:
-    """The document with what was measured in place of its entries for the same cases.
-
-    Args:
-        facts: gpu, versions, date, multiprocessors.
-    """
-    kernels: dict[str, list[Document]] = {}
-    for kernel, entries in document["kernels"].items():
-        new = {_key(one.case.when): one for one in measured if one.case.kernel == kernel}
-        kernels[kernel] = [
-            {"when": entry["when"], "config": one.config, "microseconds": round(one.seconds * 1e6, 2)}
-            if (one := new.get(_key(entry["when"])))
-            else entry
-            for entry in entries
-        ]
-    source = "measured by octavo_linear_triton.tune"
-    if not all("microseconds" in entry for entries in kernels.values() for entry in entries):
-        source += f"{_WHERE_IT_SAYS}{document['source'].rpartition(_WHERE_IT_SAYS)[2]}"
-    return {"source": source, **facts, "kernels": kernels}
-
-
-def as_text(document: Document) -> str:
-    """JSON with one entry a line."""
-    text = json.dumps(document, indent=2)
-    entry = re.compile(r"\{\s+\"when\": \{[^{}]*\},\s+\"config\": \{[^{}]*\}(?:,\s+\"microseconds\": [\d.e-]+)?\s+\}")
-    return entry.sub(lambda found: re.sub(r"\s+", " ", found[0]).replace("{ ", "{").replace(" }", "}"), text) + "\n"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m octavo_linear_triton.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--kernel", help="only this kernel's cases")
     parser.add_argument("--bits", type=int, help="only cases of codes of so many bits")
     parser.add_argument("--out", type=Path, help="the file to write; by default the one that is read")
     options = parser.parse_args(arguments)
-    if INTERPRETED or not torch.cuda.is_available():
-        why = "TRITON_INTERPRET is set" if INTERPRETED else "torch sees no GPU"
-        print(f"Tile sizes are measured on the GPU they are for, and {why}. Run this on that GPU.", file=sys.stderr)
-        return 1
-    capability = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    path = CONFIGS / f"sm_{capability}.json"
-    document = json.loads((path if path.exists() else CONFIGS / "sm_90.json").read_text())
-    measured, gpu = [], _GPU(capability)
-    for case in cases_of(document):
-        if options.kernel in (None, case.kernel) and options.bits in (None, case.when["bits"]):
-            measured.append(one := best(case, gpu.faults, gpu.seconds))
-            print(f"{case.kernel} {dict(case.when)}: {one.config}, {one.seconds * 1e6:.1f} us", flush=True)
-    out = options.out or path
-    out.write_text(as_text(with_measured(document, measured, gpu.facts())))
-    print(f"{len(measured)} entries measured, {out} written")
-    return 0
+
+    def is_wanted(case: Case) -> bool:
+        return options.kernel in (None, case.kernel) and options.bits in (None, case.when["bits"])
+
+    return tuned_data.tune(CONFIGS, Case, _GPU, is_wanted, distribution="octavo-linear-triton", out=options.out)
 
 
-class _GPU:
+class _GPU(Tuner[Case, Shape]):
     """Compiles and times candidates."""
 
     def __init__(self, capability: int) -> None:
-        self._capability = capability
+        super().__init__(capability)
         self._prepared: tuple[object, _Products] | None = None
-
-    def facts(self) -> Document:
-        properties = torch.cuda.get_device_properties(0)
-        return {
-            "gpu": properties.name,
-            "versions": {name: version(name) for name in ("torch", "triton", "octavo-linear-triton")},
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "multiprocessors": properties.multi_processor_count,
-        }
 
     def faults(self, case: Case, config: Config) -> list[str]:
         from octavo.testing import compiling  # here: what it needs is installed for tests
 
         try:
-            with compiling(self._capability) as compiled:
-                _Products(self._capability, case, (2048, 512), "cpu", num_weights=1).launch(config, 0)
+            with compiling(self.capability) as compiled:
+                _Products(self.capability, case, (2048, 512), "cpu", num_weights=1).launch(config, 0)
         except RuntimeError as error:  # what the compiler says is the reason
             return [str(error)]
         return [fault for kernel in compiled for fault in kernel.faults()]
@@ -197,24 +99,9 @@ class _GPU:
         """Of one product in a CUDA graph that goes through weights which the L2 does not hold all of."""
         if self._prepared is None or self._prepared[0] != (case, shape):
             self._prepared = None  # its memory first
-            self._prepared = (case, shape), _Products(self._capability, case, shape, "cuda")
+            self._prepared = (case, shape), _Products(self.capability, case, shape, "cuda")
         products = self._prepared[1]
-        products.launch(config, 0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for index in range(len(products.weights)):
-                products.launch(config, index)
-        graph.replay()
-        times: list[float] = []
-        for _ in range(_REPEATS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000 / len(products.weights))
-        return sorted(times)[len(times) // 2]
+        return graph_seconds(lambda index: products.launch(config, index), len(products.weights))
 
 
 class _Products:
@@ -271,10 +158,6 @@ def random_weight(case: Case, shape: Shape, device: str) -> PackedAffine | Packe
         runs_per_row=_GROUP_SIZE // run,
         code_dtype=code_dtype,
     )
-
-
-def _key(when: Mapping[str, int]) -> frozenset[tuple[str, int]]:
-    return frozenset(when.items())
 
 
 if __name__ == "__main__":

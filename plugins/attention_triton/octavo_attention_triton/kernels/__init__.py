@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl  # type: ignore[import-untyped]
 
-from octavo_attention_triton.tuned import INTERPRETED
+from octavo.plugins.tuned_data import INTERPRETED
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from octavo_linear_triton.tuned import INTERPRETED
+from octavo.plugins.tuned_data import INTERPRETED
 
 
 @triton.jit
