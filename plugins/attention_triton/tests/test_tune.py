@@ -50,7 +50,7 @@ def test_shipped_files_are_as_the_tuner_writes_them(path: Any) -> None:
 def test_machine_without_a_gpu_is_told_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert tune.main([]) == 1
     assert "torch sees no GPU" in capsys.readouterr().err
 
@@ -58,8 +58,8 @@ def test_machine_without_a_gpu_is_told_what_is_missing(
 def test_only_the_cases_that_are_asked_for_are_measured(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tune.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(tuned_data, "gpu_facts", lambda distribution: FACTS)
     monkeypatch.setattr(tune._GPU, "faults", lambda self, case, config: [])
     monkeypatch.setattr(tune._GPU, "seconds", lambda self, case, workload, config: config["block_n"] / 1e6)

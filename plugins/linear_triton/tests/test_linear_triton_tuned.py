@@ -74,6 +74,6 @@ def test_shipped_files_are_as_the_tuner_writes_them(path: Path) -> None:
 def test_machine_without_a_gpu_is_told_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert tune.main([]) == 1
     assert "torch sees no GPU" in capsys.readouterr().err
