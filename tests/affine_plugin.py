@@ -1,4 +1,4 @@
-"""A plugin whose quantization method leaves the product to linear kernels, for tests of what chooses and counts them."""
+"""A plugin whose quantization method leaves the product to linear kernels, for tests of what chooses and counts."""
 
 from __future__ import annotations
 
