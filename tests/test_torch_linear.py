@@ -96,7 +96,7 @@ def test_product_is_that_of_the_dequantised_weight(
 def test_product_does_not_depend_on_how_many_weights_are_dequantised_at_once(
     monkeypatch: pytest.MonkeyPatch, weight: PackedWeight
 ) -> None:
-    monkeypatch.setattr(torch_linear, "_MOST_WEIGHTS_AT_ONCE", 3 * weight.codes.shape[1])
+    monkeypatch.setitem(torch_linear._WEIGHTS_AT_ONCE, weight.facts.form, 3 * weight.codes.shape[1])
     check_product(TorchPacked(torch.float32, "cpu"), weight, 3, torch.linspace(-2, 2, weight.codes.shape[0]))
 
 

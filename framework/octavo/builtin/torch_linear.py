@@ -21,8 +21,8 @@ from octavo.interfaces.linear_kernel import (
 )
 from octavo.interfaces.quantization import LinearShape, StoredLinear
 
-_MOST_WEIGHTS_AT_ONCE = 2**20
-"""Dequantised at once: what a processor's cache holds."""
+_WEIGHTS_AT_ONCE = {"affine": 2**20, "lookup": 2**18}
+"""Dequantised at once, by form: what a cache holds, and so little that the heap keeps its memory from call to call."""
 
 _FLOAT32_ROWS = 2
 """Of x, up to which rounding the weights to 16 bits costs more than a product in float32."""
@@ -51,13 +51,10 @@ class TorchPacked(LinearKernel):
         order = None
         if isinstance(weight, AffineWeight):
             weight, order = _by_group(weight, self.device)
-        out_features, in_features = weight.codes.shape
-        step = max(1, _MOST_WEIGHTS_AT_ONCE // in_features)
-        rows = [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
         return _Packed(
-            pieces=[_piece(weight, these, self.device) for these in rows],
+            pieces=[_piece(weight.of_outputs(rows), self.device) for rows in _parts(weight)],
             order=order,
-            out_features=out_features,
+            out_features=weight.facts.out_features,
         )
 
     def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,7 +87,9 @@ class TorchDequantized(LinearKernel):
     def prepare(self, weight: PackedWeight) -> object:
         out_features, in_features = weight.codes.shape
         shape = LinearShape(in_features=in_features, out_features=out_features)
-        plain = weight.dequantize().to(self.dtype)
+        plain = torch.empty(out_features, in_features, dtype=self.dtype, device=weight.codes.device)
+        for rows in _parts(weight):  # in float32 never whole
+            plain[rows] = weight.of_outputs(rows).dequantize()
         return self._plain.prepare([StoredLinear(prefix="", shape=shape, tensors={"weight": plain})])
 
     def apply(self, prepared: object, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -192,27 +191,34 @@ class _LookupPiece(_Piece):
         return weight[:, : self.in_features]
 
 
-def _piece(weight: PackedWeight, rows: slice, device: str) -> _Piece:
-    codes, in_features = weight.codes[rows].to(device), weight.codes.shape[1]
+def _parts(weight: PackedWeight) -> list[slice]:
+    """Outputs that are dequantised at once."""
+    out_features, in_features = weight.codes.shape
+    step = max(1, _WEIGHTS_AT_ONCE[weight.facts.form] // in_features)
+    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
+
+
+def _piece(weight: PackedWeight, device: str) -> _Piece:
+    codes, in_features = weight.codes.to(device), weight.codes.shape[1]
     if isinstance(weight, AffineWeight):
         return _AffinePiece(
             codes=_pack(codes, weight.bits),
             bits=weight.bits,
             in_features=in_features,
-            scales=_transposed(weight.scales[:, rows], device),
-            zeros=None if weight.zeros is None else _transposed(weight.zeros[:, rows], device),
+            scales=_transposed(weight.scales, device),
+            zeros=None if weight.zeros is None else _transposed(weight.zeros, device),
             group_size=weight.facts.group_size,
             group_index=weight.group_index,
         )
     if _codes_at_once(weight.bits) == 2:
         codes = functional.pad(codes, (0, in_features % 2))
         codes = codes[:, 0::2] | codes[:, 1::2] << weight.bits
-    positions, outliers = _outliers(weight, rows)
+    positions, outliers = _outliers(weight)
     return _LookupPiece(
         codes=_pack(codes, _codes_at_once(weight.bits) * weight.bits),
         bits=weight.bits,
         in_features=in_features,
-        table=weight.table[rows].to(device, torch.float32, copy=True),
+        table=weight.table.to(device, torch.float32, copy=True),
         positions=None if positions is None else positions.to(device),
         outliers=None if outliers is None else outliers.to(device),
     )
@@ -245,17 +251,16 @@ def _transposed(matrix: Tensor, device: str) -> Tensor:
     return matrix.T.clone(memory_format=torch.contiguous_format).to(device)
 
 
-def _outliers(weight: LookupWeight, rows: slice) -> tuple[Tensor | None, Tensor | None]:
+def _outliers(weight: LookupWeight) -> tuple[Tensor | None, Tensor | None]:
     """Positions in the dequantised piece, and values."""
     if weight.outliers is None:
         return None, None
-    starts = weight.outliers.crow_indices()[rows.start : rows.stop + 1].long()
+    starts = weight.outliers.crow_indices().long()
     outputs = torch.arange(len(starts) - 1, device=starts.device).repeat_interleave(starts.diff())
     at_once = _codes_at_once(weight.bits)
     num_columns = at_once * -(-weight.codes.shape[1] // at_once)
-    here = slice(int(starts[0]), int(starts[-1]))
-    positions = outputs * num_columns + weight.outliers.col_indices()[here]
-    return positions.int(), weight.outliers.values()[here].clone()
+    positions = outputs * num_columns + weight.outliers.col_indices()
+    return positions.int(), weight.outliers.values().clone()
 
 
 def _codes_at_once(bits: int) -> int:

@@ -113,6 +113,11 @@ class AffineWeight:
         zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float()[groups].T
         return (self.codes.float() - zeros) * self.scales.float()[groups].T
 
+    def of_outputs(self, rows: slice) -> AffineWeight:
+        """The weight of some outputs, as views."""
+        zeros = None if self.zeros is None else self.zeros[:, rows]
+        return replace(self, codes=self.codes[rows], scales=self.scales[:, rows], zeros=zeros)
+
     def joins(self, other: PackedWeight) -> bool:
         """Whether both are one weight when the outputs of `other` follow its own."""
         if not isinstance(other, AffineWeight):
@@ -178,6 +183,16 @@ class LookupWeight:
         """[out_features, in_features] float32: the reference of every kernel."""
         weight = self.table.float().gather(1, self.codes.long())
         return weight if self.outliers is None else weight + self.outliers.to_dense()
+
+    def of_outputs(self, rows: slice) -> LookupWeight:
+        """The weight of some outputs; codes and tables are views."""
+        outliers = None
+        if self.outliers is not None:
+            starts = self.outliers.crow_indices()[rows.start : rows.stop + 1].long()
+            here = slice(int(starts[0]), int(starts[-1]))
+            columns, values = self.outliers.col_indices()[here], self.outliers.values()[here]
+            outliers = sparse_rows(starts.diff(), columns, values, self.codes.shape[1])
+        return replace(self, codes=self.codes[rows], table=self.table[rows], outliers=outliers)
 
     def joins(self, other: PackedWeight) -> bool:
         """Whether both are one weight when the outputs of `other` follow its own."""
