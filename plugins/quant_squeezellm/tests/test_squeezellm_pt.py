@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_model import write_tiny_llama
 
+from octavo import HuggingFaceCheckpoint
 from octavo.errors import CheckpointError
 from octavo.plugins.registry import default_registry
 from octavo.selection import choose_checkpoint
@@ -96,6 +97,27 @@ def test_folder_with_one_pt_is_chosen(folder: Path) -> None:
 
 def test_folder_with_safetensors_is_not(folder: Path) -> None:
     (folder / "model.safetensors").touch()
+    assert chosen(folder) == "huggingface"
+
+
+def test_folder_with_bin_is_not_and_is_told_that_pickles_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 5}')
+    for name in ("pytorch_model.bin", "optimizer.pt"):
+        (tmp_path / name).touch()
+    checkpoint = choose_checkpoint(default_registry(), tmp_path).get()
+    assert checkpoint.name == "huggingface"
+    with pytest.raises(CheckpointError, match=r"only as Python pickles \(optimizer\.pt, pytorch_model\.bin\)"):
+        HuggingFaceCheckpoint(str(tmp_path)).tensor_headers()
+
+
+def test_folder_with_bin_beside_the_pt_is_not(folder: Path) -> None:
+    (folder / "pytorch_model.bin").touch()
+    assert chosen(folder) == "huggingface"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state_0.pt", "training_args.pt"])
+def test_folder_whose_one_pt_is_of_a_training_run_is_not(folder: Path, name: str) -> None:
+    (folder / "sq-w4.pt").rename(folder / name)
     assert chosen(folder) == "huggingface"
 
 
