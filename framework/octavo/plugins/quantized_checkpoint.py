@@ -13,6 +13,7 @@ from octavo.plugins.registry import Registry
 from octavo.plugins.specs import QuantizationNeed, QuantizationSpec, load_target
 
 _FORMAT_KEYS = ("quant_method", "method")
+_PACKED_SUFFIX = ".qweight"
 _BITS_KEYS = ("bits", "w_bit", "wbits")
 
 
@@ -43,7 +44,8 @@ def quantization_config(
                 ) from error
             if recognised is not None:
                 return dict(recognised)
-    return {**found, "quant_method": "unknown"} if found else {}
+    quantized = found or any(name.endswith(_PACKED_SUFFIX) for name in headers)
+    return {**found, "quant_method": "unknown"} if quantized else {}
 
 
 def quantization_need(config: Mapping[str, object], device: str, dtype: str) -> QuantizationNeed:

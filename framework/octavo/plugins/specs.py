@@ -51,13 +51,22 @@ class QuantizationNeed(Need):
     config: Mapping[str, object] = field(default_factory=dict, hash=False)  # the checkpoint's quantization_config
 
     def advice(self, specs: Iterable[Spec]) -> str:
-        """The formats installed, and how to add this one."""
-        known = sorted(
-            {name for spec in specs if isinstance(spec, QuantizationSpec) for name in spec.formats} - {"none"}
-        )
+        """What the format is, if it is known, the formats installed, and how to add this one."""
+        known = {name for spec in specs if isinstance(spec, QuantizationSpec) for name in spec.formats} - {"none"}
+        if self.format in known:
+            return ""  # who reads it has said why not
+        if self.format == "unknown":
+            return (
+                "The checkpoint is quantized, but its configuration names no quant_method and no installed plugin "
+                'recognises its tensors. Write it into config.json: "quantization_config": {"quant_method": ...}. '
+                f"Installed: {_list(tuple(sorted(known))) or 'none'}."
+            )
+        what = _FOREIGN_FORMATS.get(self.format)
         return (
-            f"Load the model unquantized, or in one of the formats installed: {_list(tuple(known)) or 'none'}. "
-            f"A plugin adds this one with QuantizationSpec(formats=({self.format!r},), target=...), where the target "
+            (f"{self.format} {what}. " if what else "")
+            + "Load the model unquantized, or in one of the formats installed: "
+            + f"{_list(tuple(sorted(known))) or 'none'}. "
+            + f"A plugin adds this one with QuantizationSpec(formats=({self.format!r},), target=...), where the target "
             "is an octavo.interfaces.QuantizationMethod."
         )
 
@@ -399,6 +408,15 @@ def load_target(target: str) -> Callable[..., Any]:
         raise PluginError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
+_FOREIGN_FORMATS = {
+    **dict.fromkeys(("exl2", "exl3"), "is ExLlama's own format; `octavo quantize` makes GPTQ of the plain model"),
+    **dict.fromkeys(
+        ("marlin", "gptq_marlin", "awq_marlin", "bitblas", "qqq"),
+        "lies in the tiles of one GPU kernel; take the same model as GPTQ or AWQ",
+    ),
+    "bitsandbytes": "is made of the plain model while it is loaded; load that",
+}
+"""What checkpoints' quant_method may be that no plugin of ours reads, and what to do."""
 _ANY = "*"  # in ModelSpec.architectures: every one that the probe has no reason against
 _OTHER_TARGETS = ("probe", "options", "recognise")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
