@@ -90,11 +90,14 @@ def recognise(config: Mapping[str, object], headers: Mapping[str, TensorHeader])
     """The configuration of a checkpoint that does not name its quant_method, if it is AWQ's; else None.
 
     An original quant_config.json (w_bit, q_group_size, zero_point, version) is known by its keys. Tensors are known by
-    their shapes, as version "gemm": only there all three lie [.., N] or [.., N / 8].
+    their shapes, as version "gemm": only there all three lie [.., N] or [.., N / 8]. Neither is asked where something
+    is GPTQ's alone: desc_act in the configuration, or a g_idx of any linear.
 
     Args:
         config: what the checkpoint's files say; {} when they say nothing.
     """
+    if "desc_act" in config or any(name.endswith(".g_idx") for name in headers):
+        return None
     says_version = any(config.get(key) is not None for key in _VERSION_KEYS)
     if any(key in config for key in _ORIGINAL_KEYS) or (says_version and version_of(config) in _OF_AWQ_ALONE):
         return {**config, "quant_method": "awq"}
@@ -103,7 +106,7 @@ def recognise(config: Mapping[str, object], headers: Mapping[str, TensorHeader])
     if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
         return None
     (in_features, num_words), (num_groups, out_features) = qweight.shape, scales.shape
-    if f"{prefix}.g_idx" in headers or num_words * 8 != out_features or num_groups < 1 or in_features % num_groups:
+    if num_words * 8 != out_features or num_groups < 1 or in_features % num_groups:
         return None
     if qzeros is not None and qzeros.shape != (num_groups, num_words):
         return None

@@ -130,6 +130,17 @@ def test_configurations_of_others_are_not_recognised(config: dict[str, object]) 
     assert recognise(config, {}) is None
 
 
+@pytest.mark.parametrize("key", ["w_bit", "q_group_size"])
+def test_keys_of_the_original_configuration_do_not_decide_against_desc_act(key: str) -> None:
+    assert recognise({key: 4, "desc_act": False}, headers_of(stored())) is None
+
+
+@pytest.mark.parametrize("config", [{}, ORIGINAL], ids=["no configuration", "original configuration"])
+def test_tensors_with_a_g_idx_of_any_linear_are_not_recognised(config: dict[str, object]) -> None:
+    g_idx = headers_of({"g_idx": torch.zeros(256, dtype=torch.int32)}, "model.layers.1.mlp.up_proj")
+    assert recognise(config, {**headers_of(stored()), **g_idx}) is None
+
+
 def test_plain_weights_are_not_recognised() -> None:
     assert recognise({}, headers_of({"weight": torch.zeros(4, 4)})) is None
 
