@@ -20,7 +20,7 @@ DEFAULT_GROUP_SIZE = 128
 
 _VERSION_KEYS = ("version", "checkpoint_format", "format")
 _ORIGINAL_KEYS = ("w_bit", "q_group_size")
-_TAKE_GEMM = 'Take a checkpoint of version "gemm", which nearly all are, or quantize the model again with that version.'
+TAKE_GEMM = 'Take a checkpoint of version "gemm", which nearly all are, or quantize the model again with that version.'
 _REAL_ZEROS = "it stores -scale * zero rounded to 16 bits, and zeros are whole numbers here"
 _REFUSED = {
     "marlin": "it stores weights in the tiles of Marlin's GPU kernels",
@@ -123,4 +123,4 @@ def reasons_against(need: Need) -> list[str]:
 
 def _refusal(version: str) -> str:
     why = _REFUSED.get(version, "it is not a version that is known")
-    return f"reads AWQ checkpoints of version {' and '.join(VERSIONS)}, not {version!r}: {why}. {_TAKE_GEMM}"
+    return f"reads AWQ checkpoints of version {' and '.join(VERSIONS)}, not {version!r}: {why}. {TAKE_GEMM}"

@@ -67,9 +67,10 @@ class AWQMethod(QuantizationMethod):
 
     def parameters(self, prefix: str, shape: LinearShape) -> tuple[ParameterSpec, ...]:
         scales = self.headers.get(f"{prefix}.scales")
-        check_whole_words_and_groups(prefix, shape, self._config, scales)
         if self.headers:
             check_headers(prefix, shape, self._config, self.headers)
+        else:
+            check_whole_words_and_groups(prefix, shape, self._config, {})
         group_size = self._config.group_size_of(shape.in_features)
         shapes = tensor_shapes(self._config.version, shape.in_features, shape.out_features, group_size)
         if not self._has_zeros(prefix):

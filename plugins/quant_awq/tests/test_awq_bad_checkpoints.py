@@ -13,6 +13,7 @@ from octavo.interfaces import LinearShape
 from octavo.testing.stored_weight import PREFIX, headers_of
 
 SHAPE = LinearShape(in_features=256, out_features=48)
+DAMAGED = "The file is damaged, or not this model's: fetch it again."
 GEMM_64 = {"version": "gemm", "group_size": 64}
 
 
@@ -86,16 +87,20 @@ def test_missing_tensor_is_told(name: str) -> None:
     text = message(found, GEMM_64)
     assert f"{PREFIX}.{name} is missing, but" in text
     assert all(f"{PREFIX}.{there}" in text for there in found)
+    assert text.endswith('set "zero_point": false there.' if name == "qzeros" else DAMAGED)
 
 
 def test_integer_scales_are_told() -> None:
     found = tensors() | {"scales": torch.ones(4, 48, dtype=torch.int32)}
-    assert f"{PREFIX}.scales is I32; AWQ of version 'gemm' stores it as F16 or BF16 or F32" in message(found, GEMM_64)
+    wanted = f"{PREFIX}.scales is I32; AWQ of version 'gemm' stores it as F16 or BF16 or F32. {DAMAGED}"
+    assert message(found, GEMM_64) == wanted
 
 
 def test_qweight_of_gemv_fast_is_told() -> None:
     found = tensors() | {"qweight": torch.zeros(12, 256, dtype=torch.int16)}
-    assert f"{PREFIX}.qweight is I16; AWQ of version 'gemm' stores it as I32" in message(found, GEMM_64)
+    text = message(found, GEMM_64)
+    assert f"{PREFIX}.qweight is I16; AWQ of version 'gemm' stores it as I32" in text
+    assert "Words of 16 bits are gemv_fast's or llm-awq's. Take a checkpoint of version \"gemm\"" in text
 
 
 def test_scales_of_mixed_dtypes_are_told() -> None:
@@ -108,7 +113,7 @@ def test_scales_of_mixed_dtypes_are_told() -> None:
 
 def test_scales_that_are_no_matrix_are_told() -> None:
     found = tensors() | {"scales": torch.tensor(1.0, dtype=torch.float16)}
-    assert f"{PREFIX}.scales is []; AWQ stores it as a matrix" in message(found, GEMM_64)
+    assert message(found, GEMM_64) == f"{PREFIX}.scales is []; AWQ stores it as a matrix. {DAMAGED}"
 
 
 @pytest.mark.parametrize("headers", [True, False], ids=["with tensors", "without tensors"])
@@ -118,6 +123,23 @@ def test_inputs_that_are_not_whole_groups_are_told(headers: bool) -> None:
     method = make_method(GEMM_64, headers_of(found) if headers else {})
     with pytest.raises(CheckpointError, match=r"up_proj\.scales.*96 inputs are not whole groups of 64"):
         method.parameters(PREFIX, shape)
+
+
+@pytest.mark.parametrize("version", ["gemm", "gemv"])
+def test_group_size_that_does_not_divide_the_inputs_is_told_with_the_one_of_the_tensors(version: str) -> None:
+    shape = LinearShape(in_features=576, out_features=48)
+    found = dict(store(version, 64)(shape, torch.Generator()).tensors)
+    text = message(found, {"version": version, "group_size": 128}, shape)
+    assert (
+        f"{PREFIX}.scales of {list(found['scales'].shape)}: the linear's 576 inputs are not whole groups of 128" in text
+    )
+    assert f"These tensors are version '{version}' with group_size 64: correct quantization_config." in text
+
+
+def test_group_size_that_does_not_divide_the_inputs_is_to_be_corrected_where_tensors_do_not_tell_it() -> None:
+    text = message(tensors() | {"scales": torch.ones(7, 48, dtype=torch.float16)}, {"group_size": 96})
+    assert "256 inputs are not whole groups of 96" in text
+    assert text.endswith("Correct it, or quantize the model again with one that divides them.")
 
 
 def test_outputs_that_are_not_whole_words_are_told() -> None:
