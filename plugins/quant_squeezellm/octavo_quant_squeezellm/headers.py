@@ -30,6 +30,9 @@ _TOGETHER = (("rows", "cols", "vals"), ("full_rows", "full_row_indices"))
 
 _BITS_OF_TABLE = {8: 3, 16: 4}
 
+DAMAGED = "The file is damaged, or not this model's: fetch it again."
+"""What to do where tensors contradict each other."""
+
 
 def headers_of(prefix: str, headers: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     """Those of one linear, by the suffix of their names."""
@@ -49,11 +52,11 @@ def bits_of(prefix: str, found: Mapping[str, TensorHeader]) -> int:
         CheckpointError: it has none, or of a size that SqueezeLLM has not.
     """
     if faults := _incomplete(prefix, found) or _mistyped(prefix, found):
-        raise CheckpointError(" ".join(faults))
+        raise CheckpointError(" ".join([*faults, DAMAGED]))
     size = found["lookup_table"].shape[1]
     if size not in _BITS_OF_TABLE:
         raise CheckpointError(
-            f"{prefix}.lookup_table has {size} values for each output; 3 bits have 8 and 4 bits have 16."
+            f"{prefix}.lookup_table has {size} values for each output; 3 bits have 8 and 4 bits have 16. {DAMAGED}"
         )
     return _BITS_OF_TABLE[size]
 
@@ -72,11 +75,21 @@ def check(prefix: str, in_features: int, found: Mapping[str, TensorHeader], said
         said_bits: by the configuration; None: it says nothing.
 
     Raises:
-        CheckpointError: with a sentence for each fault.
+        CheckpointError: with a sentence for each fault, and what to do.
     """
-    faults = _codebook_faults(prefix, in_features, found, said_bits) + _sparse_faults(prefix, in_features, found)
-    if faults:
-        raise CheckpointError(" ".join(faults))
+    if in_features % CODES_PER_BLOCK:
+        raise CheckpointError(
+            f"{prefix} has {in_features} inputs, and SqueezeLLM packs them {CODES_PER_BLOCK} at a time. It does not "
+            "store such a linear: leave it unquantized."
+        )
+    bits = bits_of(prefix, found)
+    if faults := _codebook_faults(prefix, in_features, found, bits) + _sparse_faults(prefix, in_features, found):
+        raise CheckpointError(" ".join([*faults, DAMAGED]))
+    if said_bits not in (None, bits):
+        raise CheckpointError(
+            f"{prefix}.lookup_table has {2**bits} values for each output, which is {bits} bits, but the quantization "
+            f"configuration says {said_bits}. Correct it there."
+        )
 
 
 def _incomplete(prefix: str, found: Mapping[str, TensorHeader]) -> list[str]:
@@ -101,20 +114,11 @@ def _mistyped(prefix: str, found: Mapping[str, TensorHeader]) -> list[str]:
     ]
 
 
-def _codebook_faults(
-    prefix: str, in_features: int, found: Mapping[str, TensorHeader], said_bits: int | None
-) -> list[str]:
-    bits, faults = bits_of(prefix, found), []
-    num_codebooks, size = found["lookup_table"].shape
+def _codebook_faults(prefix: str, in_features: int, found: Mapping[str, TensorHeader], bits: int) -> list[str]:
+    faults = []
+    num_codebooks, _ = found["lookup_table"].shape
     num_words, num_columns = found["qweight"].shape
-    if said_bits not in (None, bits):
-        faults.append(
-            f"{prefix}.lookup_table has {size} values for each output, which is {bits} bits, but the quantization "
-            f"configuration says {said_bits}."
-        )
-    if in_features % CODES_PER_BLOCK:
-        faults.append(f"{prefix} has {in_features} inputs, and SqueezeLLM packs them {CODES_PER_BLOCK} at a time.")
-    elif num_words != (wanted := in_features // CODES_PER_BLOCK * bits):
+    if num_words != (wanted := in_features // CODES_PER_BLOCK * bits):
         faults.append(
             f"{prefix}.qweight has {num_words} rows of words, but {in_features} inputs of {bits} bits fill {wanted}."
         )

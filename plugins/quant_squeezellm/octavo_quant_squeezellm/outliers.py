@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import LinearShape, StoredLinear, sparse_rows
+from octavo_quant_squeezellm.headers import DAMAGED
 
 _Entries = tuple[Tensor, Tensor, Tensor]
 """(outputs, inputs, values), each [num_entries]."""
@@ -52,13 +53,13 @@ def _sparse(stored: StoredLinear, whole: LinearShape) -> Iterator[_Entries]:
     if int(rows[0]) != 0 or int(rows[-1]) != len(vals):
         raise CheckpointError(
             f"{prefix}.rows runs from {int(rows[0])} to {int(rows[-1])}; wanted is 0 to {len(vals)}, the values of "
-            f"{prefix}.vals."
+            f"{prefix}.vals. {DAMAGED}"
         )
     if (num_in_rows < 0).any():
         output = int((num_in_rows < 0).nonzero()[0])
         raise CheckpointError(
             f"{prefix}.rows falls from {int(rows[output])} to {int(rows[output + 1])} at output {output}; where "
-            "the values of an output begin can only grow."
+            f"the values of an output begin can only grow. {DAMAGED}"
         )
     _check_range(f"{prefix}.cols", cols, whole.in_features, "inputs")
     yield torch.arange(len(num_in_rows), device=rows.device).repeat_interleave(num_in_rows), cols, vals
@@ -77,4 +78,6 @@ def _full(stored: StoredLinear, whole: LinearShape) -> Iterator[_Entries]:
 
 def _check_range(name: str, indices: Tensor, size: int, noun: str) -> None:
     if (wrong := indices[(indices < 0) | (indices >= size)]).numel():
-        raise CheckpointError(f"{name} names {int(wrong[0])}, but the linear's {size} {noun} are 0 to {size - 1}.")
+        raise CheckpointError(
+            f"{name} names {int(wrong[0])}, but the linear's {size} {noun} are 0 to {size - 1}. {DAMAGED}"
+        )

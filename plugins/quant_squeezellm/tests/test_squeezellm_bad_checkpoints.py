@@ -1,4 +1,4 @@
-"""Checkpoints that contradict themselves: one sentence that names the tensor and both facts."""
+"""Checkpoints that contradict themselves: a sentence that names the tensor and both facts, and what to do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from octavo.errors import CheckpointError
 from octavo.interfaces import LinearShape, QuantizationMethod
 from octavo.testing.stored_weight import PREFIX, headers_of
 
+DAMAGED = "The file is damaged, or not this model's: fetch it again."
 SHAPE = LinearShape(in_features=64, out_features=6)
 Tensors = dict[str, Tensor]
 
@@ -74,7 +75,18 @@ def test_tensors_that_contradict_each_other_are_named(change: Callable[[Tensors]
     message = str(caught.value)
     assert message.startswith(PREFIX)
     assert [fact for fact in said if fact not in message] == []
-    assert message.count(". ") == 0, "one sentence"
+    assert message.endswith(f". {DAMAGED}")
+    assert message.count(". ") == 1, "one sentence and what to do"
+
+
+def test_what_to_do_is_said_once_for_several_faults() -> None:
+    tensors = changed("rows", lambda t: t[:-1])(changed("qweight", lambda t: t[:7])(good()))
+    with pytest.raises(CheckpointError) as caught:
+        method_of(headers_of(tensors)).parameters(PREFIX, SHAPE)
+    message = str(caught.value)
+    assert "qweight has 7 rows" in message
+    assert "rows has 6 entries" in message
+    assert message.count(DAMAGED) == 1
 
 
 BAD_VALUES: dict[str, tuple[Callable[[Tensors], Tensors], list[str]]] = {
@@ -108,17 +120,20 @@ def test_numbers_that_contradict_each_other_are_named(change: Callable[[Tensors]
         method.weight(stored_linear(tensors, SHAPE))
     assert [fact for fact in said if fact not in str(caught.value)] == []
     assert str(caught.value).startswith(PREFIX)
+    assert str(caught.value).endswith(f". {DAMAGED}")
 
 
 def test_bits_of_the_configuration_that_are_not_the_tensors_are_an_error_with_both() -> None:
     method = method_of(headers_of(good()), {"quant_method": "squeezellm", "wbits": 3})
-    with pytest.raises(CheckpointError, match=r"up_proj\.lookup_table has 16 values .* 4 bits, .* says 3"):
+    with pytest.raises(CheckpointError, match=r"up_proj\.lookup_table has 16 values .* 4 bits, .* says 3\. Correct it"):
         method.parameters(PREFIX, SHAPE)
 
 
 def test_inputs_that_do_not_fill_blocks_are_refused() -> None:
     method = method_of(headers_of(good()))
-    with pytest.raises(CheckpointError, match=r"up_proj has 60 inputs, and SqueezeLLM packs them 32 at a time"):
+    with pytest.raises(
+        CheckpointError, match=r"up_proj has 60 inputs, .* packs them 32 at a time.*: leave it unquantized"
+    ):
         method.parameters(PREFIX, LinearShape(in_features=60, out_features=6))
 
 
