@@ -6,8 +6,9 @@ Imports no torch: it is asked before anything is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from octavo.errors import CheckpointError
@@ -31,8 +32,6 @@ _REFUSED = {
     "gptq_marlin_24": f"half of its weights are left out, the others lie in the tiles of one GPU kernel. {_AGAIN}",
     "bitblas": _TILES,
     "qqq": f"it has 8-bit activations and two kinds of scales. {_AGAIN}",
-    "exl2": f"one linear of ExLlamaV2 mixes several numbers of bits. {_AGAIN}",
-    "exl3": f"ExLlamaV3 stores a trellis, not scales and zeros. {_AGAIN}",
     "gemm": _AWQ,
     "gemv": _AWQ,
     "gemv_fast": _AWQ,
@@ -48,14 +47,14 @@ class LinearConfig:
 
     Attributes:
         group_size: inputs that share a scale; -1: all.
-        symmetric: every zero is 2 ** (bits - 1), whatever is stored.
+        symmetric: True: every zero is 2 ** (bits - 1), whatever is stored; None: not said, the stored zeros are it.
         act_order: groups may be in an order of their own; their index is what counts.
         format: one of FORMATS.
     """
 
     bits: int
     group_size: int
-    symmetric: bool
+    symmetric: bool | None
     act_order: bool
     format: str
 
@@ -88,12 +87,14 @@ class GPTQConfig:
             is about it.
         endings: of the names of linears in layers that are quantized; (): all are.
         head: whether the head is quantized, too.
+        says_format: whether it names a format; else zeros are taken as those of "gptq".
     """
 
     general: LinearConfig
     rules: tuple[tuple[re.Pattern[str], LinearConfig | None], ...]
     endings: tuple[str, ...]
     head: bool
+    says_format: bool
 
     @classmethod
     def read(cls, config: Mapping[str, object]) -> GPTQConfig:
@@ -104,13 +105,14 @@ class GPTQConfig:
         """
         if reasons := _reasons(config):
             raise CheckpointError(f"quantization_config: {'; '.join(reasons)}")
-        usual = LinearConfig(bits=4, group_size=128, symmetric=True, act_order=False, format=_format_of(config))
+        usual = LinearConfig(bits=4, group_size=128, symmetric=None, act_order=False, format=_format_of(config))
         general = _changed(usual, config, "quantization_config")
         return cls(
             general=general,
             rules=(*_rules_of_auto_round(config, general), *_dynamic_rules(config, general)),
             endings=_endings(config.get("modules_in_block_to_quantize")),
             head=config.get("lm_head") is True,
+            says_format=_format_key(config) is not None,
         )
 
     def rule_of(self, prefix: str) -> LinearConfig | None:
@@ -121,13 +123,65 @@ class GPTQConfig:
 def recognise(config: Mapping[str, object], headers: Mapping[str, TensorHeader]) -> Mapping[str, object] | None:
     """The configuration of a checkpoint that does not name its quant_method, if it is GPTQ's; else None.
 
-    A quantize_config.json of AutoGPTQ names no method; desc_act is a word of GPTQ's alone.
+    A quantize_config.json of AutoGPTQ names no method; desc_act is a word of GPTQ's alone. Tensors are known by a g_idx
+    beside a qweight, or by their shapes; what the configuration does not say of bits and groups is theirs.
 
     Args:
         config: what the checkpoint's files say; {} when they say nothing.
     """
-    said = "desc_act" in config or (_format_key(config) is not None and _format_of(config) in FORMATS)
-    return {**config, "quant_method": "gptq"} if said else None
+    names_format = _format_key(config) is not None
+    said = "desc_act" in config or (names_format and _format_of(config) in FORMATS)
+    if not said and (names_format or _format_of(config) not in FORMATS):
+        return None
+    found = _found_in(headers)
+    indexed = any(f"{name.removesuffix('.g_idx')}.qweight" in headers for name in headers if name.endswith(".g_idx"))
+    if not (said or found or indexed):
+        return None
+    unsaid = {
+        keys[0]: found[keys[0]]
+        for keys in (_BITS_KEYS, _GROUP_SIZE_KEYS)
+        if keys[0] in found and all(config.get(key) is None for key in keys)
+    }
+    return {**config, **unsaid, "quant_method": "gptq"}
+
+
+def fitting_group_size(linears: Sequence[tuple[int, int]]) -> int | None:
+    """Which makes each linear's groups of its inputs: a power of two, else their quotient; None: none does.
+
+    Args:
+        linears: (inputs, groups) of each, neither of them 0.
+    """
+    inputs, groups = linears[0]
+    for size in (*(1 << power for power in range(3, 16)), -(-inputs // groups)):
+        if all(-(-inputs // size) == groups for inputs, groups in linears):
+            return size
+    return None
+
+
+def _found_in(headers: Mapping[str, TensorHeader]) -> dict[str, int]:
+    """bits and group_size as the shapes of GPTQ's tensors tell them; {}: they are not GPTQ's.
+
+    AWQ's qweight is [K, N / 8], so it has other columns than its scales.
+    """
+    all_bits, linears = [], []
+    for prefix in (name.removesuffix(".qweight") for name in headers if name.endswith(".qweight")):
+        there = [headers.get(f"{prefix}.{suffix}") for suffix in ("qweight", "scales", "qzeros")]
+        shapes = [header.shape for header in there if header is not None and len(header.shape) == 2]
+        if len(shapes) != 3 or 0 in (number for shape in shapes for number in shape):
+            return {}
+        (rows, outputs), of_scales, (num_groups, words) = shapes
+        bits = 32 * words // outputs
+        if of_scales != (num_groups, outputs) or bits not in BITS:
+            return {}
+        g_idx = headers.get(f"{prefix}.g_idx")
+        all_bits.append(bits)
+        linears.append(((prod(g_idx.shape) if g_idx else 0) or rows * 32 // bits, num_groups))
+    if not linears:
+        return {}
+    if all(num_groups == 1 for _, num_groups in linears):
+        return {"bits": all_bits[0], "group_size": -1}
+    size = fitting_group_size(linears) or fitting_group_size(linears[:1])
+    return {"bits": all_bits[0]} if size is None else {"bits": all_bits[0], "group_size": size}
 
 
 def reasons_against(need: Need) -> list[str]:
@@ -171,14 +225,14 @@ def _changed(linear: LinearConfig, changes: Mapping[str, object], where: str) ->
     Raises:
         CheckpointError: of bits or groups that there are not; begins with `where`.
     """
-    bits = next((changes[key] for key in _BITS_KEYS if key in changes), linear.bits)
-    group_size = next((changes[key] for key in _GROUP_SIZE_KEYS if key in changes), linear.group_size)
-    if type(bits) is not int or bits not in BITS:
+    bits = _number(changes, _BITS_KEYS, linear.bits, where)
+    group_size = _number(changes, _GROUP_SIZE_KEYS, linear.group_size, where)
+    if bits not in BITS:
         raise CheckpointError(f"{where}: GPTQ checkpoints are read with 2 to 8 bits; this says {bits!r}.")
-    if type(group_size) is not int or group_size < -1 or group_size == 0:
+    if group_size < -1 or group_size == 0:
         raise CheckpointError(f"{where}: group_size is a number of inputs, or -1 for all; found {group_size!r}.")
     symmetric, act_order = changes.get("sym"), changes.get("desc_act")
-    if symmetric is None and "zero_point" in changes:
+    if symmetric is None and changes.get("zero_point") is not None:
         symmetric = changes["zero_point"] is False
     return LinearConfig(
         bits=bits,
@@ -187,6 +241,21 @@ def _changed(linear: LinearConfig, changes: Mapping[str, object], where: str) ->
         act_order=linear.act_order if act_order is None else bool(act_order),
         format=linear.format,
     )
+
+
+def _number(changes: Mapping[str, object], keys: Sequence[str], usual: int, where: str) -> int:
+    """What the first of the keys says that says something; digits in quotes are a number, too."""
+    key = next((key for key in keys if changes.get(key) is not None), None)
+    if key is None:
+        return usual
+    value = changes[key]
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value):
+        return int(value)
+    if type(value) is not int:
+        raise CheckpointError(
+            f"{where}: {key} is {value!r}, which is no whole number: write a number, such as {usual}."
+        )
+    return value
 
 
 def _dynamic_rules(
@@ -213,9 +282,9 @@ def _rules_of_auto_round(
     """AutoRound's settings of single linears, by their whole names."""
     for name, changes in _mapping(config, "extra_config").items():
         if isinstance(changes, Mapping):
-            bits = changes.get("bits")
-            dense = isinstance(bits, int) and bits >= _DENSE_BITS
-            rule = None if dense else _changed(general, changes, f"quantization_config: extra_config[{name!r}]")
+            where = f"quantization_config: extra_config[{name!r}]"
+            dense = _number(changes, _BITS_KEYS, general.bits, where) >= _DENSE_BITS
+            rule = None if dense else _changed(general, changes, where)
             yield re.compile(re.escape(name) + "$"), rule
 
 

@@ -1,7 +1,7 @@
 """Whether a linear's tensors are what the checkpoint's configuration makes of them; asked before any is read.
 
 K is in_features, N out_features, G the number of groups: qweight int32 [K * bits / 32, N], qzeros int32
-[G, N * bits / 32], scales floating [G, N], g_idx int32 [K]; all rounded up to whole words.
+[G, N * bits / 32], scales floating [G, N], g_idx int32 or int64 [K]; all rounded up to whole words.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from octavo.errors import CheckpointError
 from octavo.interfaces import LinearShape, TensorHeader
 from octavo.packing import whole_words, words_for
-from octavo_quant_gptq.config import BITS, LinearConfig
+from octavo_quant_gptq.config import BITS, LinearConfig, fitting_group_size
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
-_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32",)}
+_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32", "I64")}
 _DAMAGED = "The file is damaged, or not this model's: fetch it again."
 _CORRECT = "Correct quantization_config, or fetch the file again."
 
@@ -66,7 +66,7 @@ def check_part(prefix: str, shape: LinearShape, config: LinearConfig, found: Map
 
 
 def _check_presence(prefix: str, config: LinearConfig, found: Mapping[str, TensorHeader]) -> None:
-    needed = ("qweight", "scales") if config.symmetric else ("qweight", "scales", "qzeros")
+    needed = ("qweight", "scales", "qzeros") if config.symmetric is False else ("qweight", "scales")
     for suffix in needed:
         if suffix not in found:
             there = " and ".join(f"{prefix}.{name}" for name in found)
@@ -88,9 +88,12 @@ def _check_inputs(prefix: str, in_features: int, config: LinearConfig, found: Ma
     num_groups = config.num_groups(in_features)
     for suffix in ("scales", "qzeros"):
         if suffix in found and found[suffix].shape[0] != num_groups:
+            rows = found[suffix].shape[0]
+            size = fitting_group_size([(in_features, rows)]) if rows else None
+            fits = "" if size is None else f" {rows} rows are groups of {size}."
             raise CheckpointError(
-                f"{prefix}.{suffix} has {found[suffix].shape[0]} groups, but {in_features} inputs in groups of "
-                f"{config.group_size_of(in_features)}, as quantization_config says, are {num_groups}. {_CORRECT}"
+                f"{prefix}.{suffix} has {rows} groups, but {in_features} inputs in groups of "
+                f"{config.group_size_of(in_features)}, as quantization_config says, are {num_groups}.{fits} {_CORRECT}"
             )
     if "g_idx" in found and found["g_idx"].shape[0] != in_features:
         raise CheckpointError(

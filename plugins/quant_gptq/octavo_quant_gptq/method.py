@@ -83,7 +83,7 @@ class GPTQMethod(QuantizationMethod):
             out_features=shape.out_features,
             group_size=min(config.group_size_of(shape.in_features), shape.in_features),
             act_order=config.act_order and indexed and config.group_size != -1,
-            symmetric=config.symmetric,
+            symmetric=bool(config.symmetric) or (bool(self.headers) and f"{prefix}.qzeros" not in self.headers),
         )
 
     def weight(self, stored: StoredLinear) -> AffineWeight:
@@ -112,7 +112,8 @@ class GPTQMethod(QuantizationMethod):
         if qzeros is None:
             return None
         if not config.symmetric:
-            return unpack_zeros(qzeros, num_outputs, config)
+            zeros = unpack_zeros(qzeros, num_outputs, config)
+            return zeros if config.symmetric is False else self._zeros_of_unsaid(config, stored.prefix, zeros)
         # Checkpoints are about that say one of the two and store the other: so neither is believed.
         fields, middle = unpack_columns(qzeros, config.bits, num_outputs, planar=config.planar), 2 ** (config.bits - 1)
         if not (self._warned_of_zeros or (fields == middle).all() or (fields == middle - 1).all()):
@@ -123,6 +124,20 @@ class GPTQMethod(QuantizationMethod):
                 *(stored.prefix, middle, middle - 1, middle),
             )
         return None
+
+    def _zeros_of_unsaid(self, config: LinearConfig, prefix: str, zeros: Tensor) -> Tensor:
+        """Where nothing says whether they are symmetric: the middle, if a format of the other kind made them all so."""
+        middle = 2 ** (config.bits - 1)
+        if (zeros == (middle + 1 if config.zeros_less_one else middle - 1)).all():
+            return torch.full_like(zeros, middle)
+        if not (self._config.says_format or self._warned_of_zeros or (zeros == middle).all()):
+            self._warned_of_zeros = True
+            logger.warning(
+                "quantization_config does not say of which format the zeros in %s.qzeros are; they are read as "
+                'those of "gptq", less one. If the answers are nonsense, set "checkpoint_format": "gptq_v2" there.',
+                prefix,
+            )
+        return zeros
 
     def _check_scales_of_all(self, prefix: str, scales: TensorHeader) -> None:
         first = next(name for name in self.headers if name.endswith(".scales"))
@@ -198,6 +213,8 @@ def _groups_of_share(config: LinearConfig, stored: StoredLinear) -> tuple[slice,
         return slice(0, 1), None
     start, end = stored.input_start, stored.input_start + stored.shape.in_features
     g_idx = stored.tensors.get("g_idx")
+    if g_idx is not None:
+        g_idx = g_idx.to(torch.int32)  # some exporters write int64
     natural = torch.arange(start, end, dtype=torch.int32, device=stored.tensors["scales"].device) // size
     # Some exporters write zeros alone where groups follow each other.
     if g_idx is not None and g_idx.any() and not torch.equal(g_idx, natural):

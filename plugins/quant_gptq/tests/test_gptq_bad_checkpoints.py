@@ -35,6 +35,7 @@ def test_tensors_that_agree_are_no_error() -> None:
 def test_wrong_group_size_is_told() -> None:
     text = message(tensors(group_size=64), Kind(4, 128).config)
     assert text.startswith("scales has 4 groups, but 256 inputs in groups of 128, as quantization_config says, are 2.")
+    assert " 4 rows are groups of 64. " in text
 
 
 def test_wrong_bits_are_told_with_the_right_ones() -> None:
@@ -96,7 +97,11 @@ def test_index_of_other_inputs_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "stored_as"),
-    [("scales", torch.int32, "F16 or BF16 or F32"), ("qweight", torch.int16, "I32"), ("g_idx", torch.float32, "I32")],
+    [
+        ("scales", torch.int32, "F16 or BF16 or F32"),
+        ("qweight", torch.int16, "I32"),
+        ("g_idx", torch.float32, "I32 or I64"),
+    ],
 )
 def test_tensor_of_a_wrong_dtype_is_told(name: str, dtype: torch.dtype, stored_as: str) -> None:
     found = tensors()

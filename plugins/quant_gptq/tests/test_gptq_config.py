@@ -36,13 +36,20 @@ def reasons_against(config: dict[str, object]) -> list[str]:
 
 
 def test_what_is_not_said_is_as_the_tools_take_it() -> None:
-    assert general() == LinearConfig(bits=4, group_size=128, symmetric=True, act_order=False, format="gptq")
+    assert general() == LinearConfig(bits=4, group_size=128, symmetric=None, act_order=False, format="gptq")
 
 
 @pytest.mark.parametrize(
     ("config", "name", "value"),
     [
         ({"w_bit": 3}, "bits", 3),
+        ({"bits": "3"}, "bits", 3),
+        ({"bits": None}, "bits", 4),
+        ({"bits": None, "w_bit": 3}, "bits", 3),
+        ({"group_size": "-1"}, "group_size", -1),
+        ({"group_size": None}, "group_size", 128),
+        ({"sym": None}, "symmetric", None),
+        ({"zero_point": None}, "symmetric", None),
         ({"wbits": 8}, "bits", 8),
         ({"q_group_size": 32}, "group_size", 32),
         ({"group_size": -1}, "group_size", -1),
@@ -66,10 +73,12 @@ def test_key_and_its_synonyms_are_read(config: dict[str, object], name: str, val
     ("config", "text"),
     [
         ({"bits": 9}, r"read with 2 to 8 bits; this says 9"),
-        ({"bits": "4"}, r"read with 2 to 8 bits; this says '4'"),
-        ({"bits": None}, r"this says None"),
+        ({"bits": "9"}, r"read with 2 to 8 bits; this says 9"),
+        ({"bits": "four"}, r"bits is 'four', which is no whole number: write a number, such as 4"),
+        ({"bits": 4.0}, r"bits is 4\.0, .*write a number"),
+        ({"bits": True}, r"bits is True, .*write a number"),
+        ({"group_size": [128]}, r"group_size is \[128\], .*write a number, such as 128"),
         ({"group_size": 0}, r"group_size is a number of inputs, or -1 for all; found 0"),
-        ({"group_size": "128"}, r"found '128'"),
         ({"dynamic": ["x"]}, r"dynamic is settings by name; found \['x'\]"),
         ({"dynamic": {"x(": {}}}, r"dynamic\['x\('\] is no regular expression"),
         ({"dynamic": {"x": 4}}, r"dynamic\['x'\]: settings by name are wanted, found 4"),
@@ -99,8 +108,6 @@ def test_formats_and_bits_that_are_read_are_accepted(format: str, bits: int) -> 
         ({"format": "gptq_marlin_24"}, ["half of its weights are left out", "quantize the model again"]),
         ({"format": "bitblas"}, ["'bitblas'", "tiles of one GPU kernel", "quantize the model again"]),
         ({"format": "qqq"}, ["8-bit activations", "quantize the model again"]),
-        ({"format": "exl2"}, ["several numbers of bits", "quantize the model again"]),
-        ({"format": "exl3"}, ["a trellis", "quantize the model again"]),
         ({"format": "gemm"}, ["a version of AWQ", '"quant_method": "awq"']),
         ({"format": "new"}, ["not 'new'", "not known", "quantize the model again"]),
         ({"pack_dtype": "int16"}, ["pack_dtype is 'int16'", "quantize the model again"]),
@@ -143,6 +150,40 @@ def test_configuration_of_autogptq_is_recognised_without_a_method() -> None:
 @pytest.mark.parametrize("config", [{}, {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, {"wbits": 4}])
 def test_configurations_of_others_are_not_recognised(config: dict[str, object]) -> None:
     assert recognise(config, {}) is None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [32, 64, -1])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_tensors_of_gptq_are_recognised_without_a_configuration(bits: int, size: int, *, indexed: bool) -> None:
+    tensors = dict(Kind(bits, size).store(SHAPE).tensors)
+    if not indexed:
+        del tensors["g_idx"]
+    assert recognise({}, headers_of(tensors)) == {"quant_method": "gptq", "bits": bits, "group_size": size}
+
+
+def test_group_size_is_the_one_of_every_linear() -> None:
+    headers = {
+        **headers_of(Kind(4, 64).store(LinearShape(in_features=96, out_features=64)).tensors),
+        **headers_of(Kind(4, 64).store(SHAPE).tensors, DOWN),
+    }
+    assert recognise({}, headers) == {"quant_method": "gptq", "bits": 4, "group_size": 64}
+
+
+def test_what_the_configuration_says_is_kept_beside_recognised_tensors() -> None:
+    headers = headers_of(Kind(4, 64).store(SHAPE).tensors)
+    said = {"bits": 4, "group_size": 64}
+    assert recognise(said, headers) == {**said, "quant_method": "gptq"}
+    assert recognise({"wbits": 8}, headers) == {"wbits": 8, "group_size": 64, "quant_method": "gptq"}
+
+
+def test_tensors_of_awq_are_not_recognised() -> None:
+    headers = {
+        f"{PREFIX}.{name}": TensorHeader(shape=shape, dtype=dtype, num_bytes=0)
+        for name, shape, dtype in (("qweight", (128, 8), "I32"), ("qzeros", (2, 8), "I32"), ("scales", (2, 64), "F16"))
+    }
+    assert recognise({}, headers) is None
+    assert recognise({"bits": 4, "group_size": 64}, headers) is None
 
 
 # ------------------------------------------------------------------------------------------- rules of single linears
@@ -260,6 +301,58 @@ def test_other_zeros_of_symmetric_weights_are_warned_of_once(caplog: pytest.LogC
         method.weight(stored)
     [record] = caplog.records
     assert f"{PREFIX}.qzeros holds other zeros than 8 or, less one, 7. Every zero is taken as 8." in record.getMessage()
+
+
+def unsaid(zeros: torch.Tensor, stored_as: str, **config: object) -> tuple[GPTQMethod, StoredLinear]:
+    """A linear that holds these zeros, of a configuration that does not say `sym`."""
+    _, stored = symmetric(zeros, stored_as)
+    return make_method({**GPTQ, "group_size": 32, **config}, headers_of(stored.tensors)), stored
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+def test_stored_zeros_are_read_where_nothing_says_symmetric(format: str) -> None:
+    zeros = torch.arange(256).reshape(4, 64) % 16
+    method, stored = unsaid(zeros, format, checkpoint_format=format)
+    found = method.weight(stored).zeros
+    assert found is not None
+    assert torch.equal(found.long(), zeros)
+    assert not method.facts(PREFIX, SHAPE).symmetric
+
+
+@pytest.mark.parametrize(("said", "stored_as"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq"), ("gptq", "gptq")])
+def test_zeros_that_are_all_the_middle_of_either_format_are_the_middle(said: str, stored_as: str) -> None:
+    method, stored = unsaid(torch.full((4, 64), 8), stored_as, checkpoint_format=said)
+    found = method.weight(stored).zeros
+    assert found is not None
+    assert (found == 8).all()
+
+
+def test_zeros_whose_format_nothing_says_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    method, stored = unsaid(torch.arange(256).reshape(4, 64) % 16, "gptq")
+    with caplog.at_level(logging.WARNING):
+        method.weight(stored)
+        method.weight(stored)
+    [record] = caplog.records
+    assert f"the zeros in {PREFIX}.qzeros" in record.getMessage()
+
+
+def test_linear_without_zeros_is_symmetric_where_nothing_says_so() -> None:
+    _, stored = symmetric(torch.full((4, 64), 8))
+    tensors = {name: each for name, each in stored.tensors.items() if name != "qzeros"}
+    method = make_method({**GPTQ, "group_size": 32}, headers_of(tensors))
+    method.parameters(PREFIX, SHAPE)
+    assert method.facts(PREFIX, SHAPE).symmetric
+
+
+def test_index_of_int64_is_read() -> None:
+    stored = Kind(4, 32, act_order=True).store(SHAPE)
+    tensors = {**stored.tensors, "g_idx": stored.tensors["g_idx"].long()}
+    method = make_method(Kind(4, 32, act_order=True).config, headers_of(tensors))
+    assert {spec.name: spec.dtype for spec in method.parameters(PREFIX, SHAPE)}["g_idx"] == torch.int32
+    weight = method.weight(StoredLinear(prefix=PREFIX, shape=SHAPE, tensors=tensors))
+    assert weight.group_index is not None
+    assert weight.group_index.dtype == torch.int32
+    assert torch.equal(weight.group_index, stored.tensors["g_idx"])
 
 
 def test_index_of_zeros_alone_is_the_natural_one() -> None:

@@ -20,6 +20,7 @@ from octavo.testing.stored_weight import PREFIX, headers_of
 from octavo_quant_gptq.method import GPTQMethod
 
 GOLDENS = goldens.golden_dirs("gptq")
+ASYMMETRIC = [path for path in GOLDENS if path.name.startswith("gptq-") and "asym" in path.name]
 COMMITTED = ("gptq-w2-g32-asym-desc_act", "gptq-w4-g64-sym")
 UNIT_LAYERS = [*goldens.unit_layers("gptq"), *goldens.unit_layers("autogptq")]
 
@@ -67,6 +68,21 @@ def test_checkpoint_as_autogptq_saved_it_is_read(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(golden / name)
     goldens.check_engine_against(tmp_path, goldens.read_oracle(golden))
+
+
+@pytest.mark.parametrize("kept", [None, ("bits", "group_size"), ()], ids=["all but sym", "bits and groups", "nothing"])
+@pytest.mark.parametrize("path", ASYMMETRIC, ids=lambda path: path.name)
+def test_asymmetric_checkpoint_that_does_not_say_so_answers_as_recorded(
+    path: Path, kept: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    for file in path.iterdir():
+        if file.name not in ("config.json", "quantize_config.json"):
+            (tmp_path / file.name).symlink_to(file)
+    config = json.loads((path / "config.json").read_text())
+    said = config.pop("quantization_config")
+    said = {key: said[key] for key in said if key != "sym" and (kept is None or key in kept)}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": said} if said else config))
+    goldens.check_engine_against(tmp_path, goldens.read_oracle(path))
 
 
 def method_of(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GPTQMethod:
