@@ -20,7 +20,7 @@ PLUGIN_PACKAGES = sorted(path.parent for path in ROOT.glob("plugins/*/octavo_*/_
 
 LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # layer: (its modules and packages, the layers below that it may import)
-    "data": (("errors", "_lazy", "sampling_params", "outputs", "request", "config", "model_config", "progress"), ()),
+    "data": (("errors", "_lazy", "sampling_params", "outputs", "request", "config", "model_config", "progress", "lora"), ()),
     "packing": (("packing",), ()),
     "specs": (("plugins.specs", "plugins.hookspecs"), ("data",)),
     "interfaces": (("interfaces",), ("data", "specs")),

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from octavo.config import EngineConfig as EngineConfig
     from octavo.explanation import explain as explain
     from octavo.llm import LLM as LLM
+    from octavo.lora.adapter import AdapterInfo as AdapterInfo
+    from octavo.lora.adapter import AdapterStatus as AdapterStatus
+    from octavo.lora.request import LoRARequest as LoRARequest
     from octavo.outputs import CompletionOutput as CompletionOutput
     from octavo.outputs import Logprob as Logprob
     from octavo.outputs import RequestOutput as RequestOutput
     from octavo.plugins.hookspecs import hookimpl as hookimpl
+    from octavo.plugins.specs import AdapterResolverSpec as AdapterResolverSpec
     from octavo.plugins.specs import AttentionSpec as AttentionSpec
     from octavo.plugins.specs import CheckpointSpec as CheckpointSpec
     from octavo.plugins.specs import CommandSpec as CommandSpec
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from octavo.plugins.specs import KernelsSpec as KernelsSpec
     from octavo.plugins.specs import LinearKernelSpec as LinearKernelSpec
     from octavo.plugins.specs import LogitsRuleSpec as LogitsRuleSpec
+    from octavo.plugins.specs import LoraSpec as LoraSpec
     from octavo.plugins.specs import ModelSpec as ModelSpec
     from octavo.plugins.specs import ProposerSpec as ProposerSpec
     from octavo.plugins.specs import QuantizationSpec as QuantizationSpec
@@ -48,9 +53,12 @@ _MODULES = {
     "config": ("EngineConfig",),
     "explanation": ("explain",),
     "llm": ("LLM",),
+    "lora.adapter": ("AdapterInfo", "AdapterStatus"),
+    "lora.request": ("LoRARequest",),
     "outputs": ("CompletionOutput", "Logprob", "RequestOutput"),
     "plugins.hookspecs": ("hookimpl",),
     "plugins.specs": (
+        "AdapterResolverSpec",
         "AttentionSpec",
         "CheckpointSpec",
         "CommandSpec",
@@ -58,6 +66,7 @@ _MODULES = {
         "KernelsSpec",
         "LinearKernelSpec",
         "LogitsRuleSpec",
+        "LoraSpec",
         "ModelSpec",
         "ProposerSpec",
         "QuantizationSpec",

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from octavo.errors import ConfigError
 
@@ -126,8 +126,31 @@ class EngineConfig(BaseModel):
     """tokens a proposer may guess at once"""
     logits_rules: tuple[ComponentConfig, ...] = ()
     """logits rules by name, beside those that always apply"""
+    enable_lora: bool = False
+    """serve LoRA adapters, an adapter for each request"""
+    max_loras: int = Field(default=8, ge=1)
+    """device positions for adapters: so many different ones in one step, at most"""
+    max_lora_rank: int = Field(default=16, ge=1)
+    """largest rank of an adapter; memory for max_loras of this rank is taken at start"""
+    max_cpu_loras: int | None = Field(default=None, ge=1)
+    """adapters kept in the host's memory, at least max_loras; without it four times max_loras"""
+    lora_modules_to_save: bool = False
+    """serve adapters that bring a whole embedding or head of their own; takes memory for max_loras of them"""
+    lora_modules: Mapping[str, str] = Field(default_factory=dict)
+    """adapters to load at start: paths or Hugging Face ids by name"""
+    lora_root: str | None = None
+    """folder whose sub-folders are adapters by name, loaded when a request first names them"""
+    lora: ComponentConfig = ComponentConfig()
+    """LoRA backend by name; auto takes the best that can serve"""
+    adapter_resolvers: tuple[ComponentConfig, ...] = ()
+    """who is asked, in this order, where an adapter lies that a request names first"""
     plugins: PluginsConfig = PluginsConfig()
     """which plugins may load"""
+
+    @property
+    def num_cpu_loras(self) -> int:
+        """Adapters kept in the host's memory."""
+        return 4 * self.max_loras if self.max_cpu_loras is None else self.max_cpu_loras
 
     @classmethod
     def create(cls, *, _sources: Mapping[str, str] | None = None, **settings: Any) -> EngineConfig:
@@ -148,7 +171,19 @@ class EngineConfig(BaseModel):
             raise ValueError(f"{', '.join(proposer.options)} was given, but no proposer; name the one it is for.")
         return proposer
 
-    @field_validator("logits_rules", mode="before")
+    @model_validator(mode="after")
+    def _adapters_can_be_served(self) -> EngineConfig:
+        if self.num_cpu_loras < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras={self.max_cpu_loras} is less than max_loras={self.max_loras}: adapters at device "
+                "positions are kept in the host's memory too."
+            )
+        asked = [name for name in ("lora_modules", "lora_root", "adapter_resolvers") if getattr(self, name)]
+        if asked and not self.enable_lora:
+            raise ValueError(f"{' and '.join(asked)} was given, but no adapters are served: set enable_lora=True.")
+        return self
+
+    @field_validator("logits_rules", "adapter_resolvers", mode="before")
     @classmethod
     def _names_are_short_for_components(cls, value: object) -> object:
         if isinstance(value, str):
@@ -156,7 +191,15 @@ class EngineConfig(BaseModel):
         return [_component(one) for one in value] if isinstance(value, (list, tuple)) else value
 
     @field_validator(
-        "attention", "quantization", "linear_kernel", "kernels", "scheduler", "executor", "proposer", mode="before"
+        "attention",
+        "quantization",
+        "linear_kernel",
+        "kernels",
+        "scheduler",
+        "executor",
+        "proposer",
+        "lora",
+        mode="before",
     )
     @classmethod
     def _name_is_short_for_component(cls, value: object, info: ValidationInfo) -> object:
@@ -169,6 +212,8 @@ def _component(value: object) -> object:
 
 def _fault(fault: Any, sources: Mapping[str, str]) -> str:
     """One of pydantic's faults as a sentence."""
+    if not fault["loc"]:  # of several settings together
+        return str(fault["msg"]).removeprefix("Value error, ")
     *outer, key = (str(part) for part in fault["loc"])
     name = ".".join([*outer, key])
     source = sources.get(fault["loc"][0], "argument")

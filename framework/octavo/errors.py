@@ -7,6 +7,7 @@
     ├── PluginError (RuntimeError)            a plugin broke its contract
     ├── ModelNotFoundError (ValueError)       no such folder, file or Hugging Face id
     ├── CheckpointError (ValueError)          files are there but cannot be read as a model
+    ├── AdapterError (ValueError)             a LoRA adapter that cannot be served
     ├── RequestError (ValueError)             a request that can never be served
     ├── ShapeError (ValueError)               tensors that do not fit together
     └── EngineDeadError (RuntimeError)        the engine stopped; the cause is chained
@@ -41,6 +42,10 @@ class ModelNotFoundError(OctavoError, ValueError):
 
 class CheckpointError(OctavoError, ValueError):
     """The model's files are there but cannot be read as a model."""
+
+
+class AdapterError(OctavoError, ValueError):
+    """A LoRA adapter cannot be served: its files, or what they were trained for, do not fit; or it is not known."""
 
 
 class RequestError(OctavoError, ValueError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from octavo._lazy import lazy_getattr
 
 if TYPE_CHECKING:
+    from octavo.interfaces.adapter_resolver import AdapterResolver as AdapterResolver
     from octavo.interfaces.attention import PAD_SLOT as PAD_SLOT
     from octavo.interfaces.attention import AttentionBackend as AttentionBackend
     from octavo.interfaces.attention import AttentionParameters as AttentionParameters
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.checkpoint import Checkpoint as Checkpoint
     from octavo.interfaces.checkpoint import TensorHeader as TensorHeader
     from octavo.interfaces.checkpoint import TokenizerData as TokenizerData
+    from octavo.interfaces.executor import AdapterPlacement as AdapterPlacement
     from octavo.interfaces.executor import Executor as Executor
     from octavo.interfaces.executor import ExecutorReport as ExecutorReport
     from octavo.interfaces.executor import NewRow as NewRow
@@ -42,6 +44,15 @@ if TYPE_CHECKING:
     from octavo.interfaces.linear_kernel import sparse_rows as sparse_rows
     from octavo.interfaces.logits_rule import LogitsRule as LogitsRule
     from octavo.interfaces.logits_rule import RuleLimits as RuleLimits
+    from octavo.interfaces.lora import NO_ADAPTER as NO_ADAPTER
+    from octavo.interfaces.lora import AdapterWeights as AdapterWeights
+    from octavo.interfaces.lora import BaseWeight as BaseWeight
+    from octavo.interfaces.lora import LoraBackend as LoraBackend
+    from octavo.interfaces.lora import LoraBase as LoraBase
+    from octavo.interfaces.lora import LoraLimits as LoraLimits
+    from octavo.interfaces.lora import LoraModule as LoraModule
+    from octavo.interfaces.lora import LoraPart as LoraPart
+    from octavo.interfaces.lora import LowRank as LowRank
     from octavo.interfaces.manifest import ChosenComponent as ChosenComponent
     from octavo.interfaces.manifest import Manifest as Manifest
     from octavo.interfaces.model import ForwardContext as ForwardContext
@@ -58,6 +69,7 @@ if TYPE_CHECKING:
     from octavo.interfaces.scheduling import SchedulerPolicy as SchedulerPolicy
 
 _MODULES = {
+    "adapter_resolver": ("AdapterResolver",),
     "attention": (
         "PAD_SLOT",
         "AttentionBackend",
@@ -71,7 +83,7 @@ _MODULES = {
         "rotate",
     ),
     "checkpoint": ("SAFETENSORS_DTYPES", "Checkpoint", "TensorHeader", "TokenizerData"),
-    "executor": ("Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
+    "executor": ("AdapterPlacement", "Executor", "ExecutorReport", "NewRow", "ScheduledRow", "Step", "StepOutput"),
     "kernels": ("Activation", "Kernels", "SamplingInputs"),
     "linear_kernel": (
         "AffineWeight",
@@ -83,6 +95,17 @@ _MODULES = {
         "sparse_rows",
     ),
     "logits_rule": ("LogitsRule", "RuleLimits"),
+    "lora": (
+        "NO_ADAPTER",
+        "AdapterWeights",
+        "BaseWeight",
+        "LoraBackend",
+        "LoraBase",
+        "LoraLimits",
+        "LoraModule",
+        "LoraPart",
+        "LowRank",
+    ),
     "manifest": ("ChosenComponent", "Manifest"),
     "model": ("ForwardContext", "LayerFactory", "ModelArchitecture"),
     "proposer": ("Continuation", "IncrementalModel", "Proposer", "ProposerContext"),

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from octavo.errors import AdapterError
 from octavo.interfaces.manifest import Manifest
+from octavo.lora.adapter import AdapterInfo
 from octavo.outputs import TokenLogprobs
 from octavo.sampling_params import SamplingParams
 
@@ -24,6 +26,7 @@ class NewRow:
         stop_token_ids: the ids that may not be sampled before `params.min_tokens` outputs.
         bad_words_token_ids: token sequences that may not be completed.
         chosen_outside: its samples are not kept; each token comes with a later row.
+        adapter_position: the device position of its LoRA adapter; None: it has none.
     """
 
     request_id: str
@@ -35,6 +38,15 @@ class NewRow:
     stop_token_ids: tuple[int, ...] = ()
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     chosen_outside: bool = False
+    adapter_position: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterPlacement:
+    """Before the step, the adapter that was loaded as `adapter_id` takes a device position, whoever had it."""
+
+    position: int
+    adapter_id: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,16 +87,18 @@ class ScheduledRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One step's work. Order of effect: leave, enter, copy blocks, compute rows.
+    """One step's work. Order of effect: leave, place adapters, enter, copy blocks, compute rows.
 
     Attributes:
         leaving: request ids whose rows the runner forgets (ended, aborted, preempted).
+        placements: of adapters that requests entering use.
         entering: requests that are new to the runner.
         rows: what is computed; empty when the step only carries news. A fork comes after the row it is forked from.
     """
 
     step_id: int
     leaving: list[str] = field(default_factory=list)
+    placements: list[AdapterPlacement] = field(default_factory=list)
     entering: list[NewRow] = field(default_factory=list)
     rows: list[ScheduledRow] = field(default_factory=list)
 
@@ -119,12 +133,14 @@ class ExecutorReport:
     Attributes:
         num_blocks: KV blocks that fit.
         kv_cache_bytes, weight_bytes: memory taken.
+        adapter_bytes: of the positions for LoRA adapters.
         phases: name and seconds of each start-up phase.
     """
 
     num_blocks: int
     kv_cache_bytes: int
     weight_bytes: int
+    adapter_bytes: int = 0
     phases: tuple[tuple[str, float], ...] = ()
 
 
@@ -150,3 +166,17 @@ class Executor(ABC):
     @abstractmethod
     def stop(self) -> None:
         """Free everything. May be called twice."""
+
+    def load_adapter(self, adapter_id: int, path: str) -> AdapterInfo:
+        """Read a LoRA adapter into the host's memory, where placements find it; slow.
+
+        The only call that may come from another thread, while steps go on.
+
+        Raises:
+            AdapterError: it cannot be served; nothing was kept of it.
+        """
+        raise AdapterError(f"{type(self).__name__} serves no LoRA adapters.")
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Free a loaded adapter's memory; no request that will be submitted uses it. An unknown id is no error."""
+        return None

@@ -369,6 +369,22 @@ class ProposerSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSpec(Spec):
+    """An `octavo.interfaces.LoraBackend`."""
+
+    kind: ClassVar[str] = "lora"
+    noun: ClassVar[str] = "LoRA backend"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterResolverSpec(Spec):
+    """An `octavo.interfaces.AdapterResolver`: finds the adapter of a name that the engine does not know yet."""
+
+    kind: ClassVar[str] = "adapter_resolver"
+    noun: ClassVar[str] = "adapter resolver"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CommandSpec(Spec):
     """A sub-command of `octavo`; the target is a module with `add_arguments(parser)` and `run(args) -> int`."""
 
@@ -389,6 +405,8 @@ SPEC_KINDS: dict[str, type[Spec]] = {
         ExecutorSpec,
         LogitsRuleSpec,
         ProposerSpec,
+        LoraSpec,
+        AdapterResolverSpec,
         CommandSpec,
     )
 }
