@@ -75,6 +75,16 @@ KNOWN_PACKAGES = (
         names=frozenset({"triton-affine", "triton-lookup"}),
     ),
     KnownPackage(
+        distribution="octavo-lora",
+        kind="lora",
+        names=frozenset({"torch", "triton"}),
+    ),
+    KnownPackage(
+        distribution="octavo-lora",
+        kind="adapter_resolver",
+        names=frozenset({"filesystem", "hf"}),
+    ),
+    KnownPackage(
         distribution="octavo-model-gemma",
         kind="model",
         names=frozenset({"gemma2", "gemma3"}),
