@@ -37,9 +37,9 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     replay = DecodeGraphs.replay
 
-    def record(self: DecodeGraphs, size: int) -> tuple[Tensor, Tensor]:
+    def record(self: DecodeGraphs, size: int, with_adapters: bool) -> tuple[Tensor, Tensor]:
         sizes.append(size)
-        return replay(self, size)
+        return replay(self, size, with_adapters)
 
     capture_on_cpu(monkeypatch, (1, 2, 4, 8))
     monkeypatch.setattr(DecodeGraphs, "replay", record)
@@ -144,23 +144,23 @@ def test_a_model_that_cannot_be_captured_is_not(
 # ------------------------------------------------------------------------------------------------------- the plan
 
 
-def outputs_of(size: int) -> Forward:
+def outputs_of(size: int, with_adapters: bool) -> Forward:
     return lambda: (torch.full((size, 1), float(size)), torch.zeros(size, 1))
 
 
 def test_no_size_is_begun_after_the_time_is_over_and_the_largest_comes_first() -> None:
-    captured = DecodeGraphs(plan_of((1, 2, 4, 8), max_seconds=0.0)).capture(outputs_of)
+    captured = DecodeGraphs(plan_of((1, 2, 4, 8), max_seconds=0.0), serves_adapters=False).capture(outputs_of)
     assert captured == [8]
 
 
 def test_small_sizes_are_captured_before_those_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
 
-    def prepare(size: int) -> Forward:
+    def prepare(size: int, with_adapters: bool) -> Forward:
         order.append(size)
-        return outputs_of(size)
+        return outputs_of(size, with_adapters)
 
-    DecodeGraphs(plan_of((1, 2, 4, 8))).capture(prepare)
+    DecodeGraphs(plan_of((1, 2, 4, 8)), serves_adapters=False).capture(prepare)
     assert order == [8, 1, 2, 4]
 
 
@@ -170,12 +170,12 @@ def test_no_size_is_begun_after_the_memory_is_spent(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         graphs, "device_memory", lambda _: type(memory)(free_bytes=next(free), total_bytes=memory.total_bytes)
     )
-    assert DecodeGraphs(plan_of((1, 2, 4, 8), max_share=0.15)).capture(outputs_of) == [1, 8]
+    assert DecodeGraphs(plan_of((1, 2, 4, 8), max_share=0.15), serves_adapters=False).capture(outputs_of) == [1, 8]
 
 
 def test_capturing_logs_time_and_memory_beside_what_is_allowed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="octavo.runner.graphs"):
-        DecodeGraphs(plan_of((1, 8), max_seconds=0.0)).capture(outputs_of)
+        DecodeGraphs(plan_of((1, 8), max_seconds=0.0), serves_adapters=False).capture(outputs_of)
     (message,) = caplog.messages
     assert message.startswith("Captured decode steps of 8 requests in 0.0")
     assert "of 0 s allowed" in message

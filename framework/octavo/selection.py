@@ -54,6 +54,7 @@ class Selection:
         choices: by socket, as in Manifest.components.
         quantization_config: of the checkpoint, its quant_method found; {} for plain weights.
         linear_kernels: those that are asked for each quantized linear; none where the method multiplies itself.
+        adapter_resolvers: those that are asked for an unknown adapter, in their order; none unless configured.
         draft_model: of the proposer's own model, where it has one.
     """
 
@@ -68,6 +69,7 @@ class Selection:
     logits_rules: Choices
     quantization_config: Mapping[str, object]
     linear_kernels: Choices
+    adapter_resolvers: Choices
     draft_model: Selection | None
 
     @property
@@ -97,6 +99,7 @@ class Selection:
             logits_rules=self.logits_rules.get(),
             quantization_config=self.quantization_config,
             linear_kernels=self.linear_kernels.get(),
+            adapter_resolvers=self.adapter_resolvers.get(),
             draft_model=None if self.draft_model is None else self.draft_model.manifest(),
         )
 
@@ -145,6 +148,9 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
     plain = registry.choose("quantization", QuantizationNeed(device=device, dtype=dtype, format="none"))
     if plain.component != choices["quantization"].component:
         choices["quantization.plain"] = plain
+    if config.enable_lora:
+        wish = config.lora
+        choices["lora"] = registry.choose("lora", Need(device=device, dtype=dtype), wish.name, wish.options)
     choices["model"] = _without_its_own_code(choices["model"], files.checkpoint)
     return Selection(
         registry=registry,
@@ -164,6 +170,13 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
         quantization_config=quantized,
         linear_kernels=_choose_linear_kernels(
             registry, choices["quantization"], config.linear_kernel, needs["quantization"][0]
+        ),
+        adapter_resolvers=registry.choose_several(
+            "adapter_resolver",
+            Need(),
+            lambda _: False,
+            [("filesystem", {"root": config.lora_root})] * (config.lora_root is not None)
+            + [(wish.name, wish.options) for wish in config.adapter_resolvers],
         ),
         draft_model=_select_draft_model(registry, config, choices.get("proposer"), device, max_model_len, weights),
     )
@@ -247,6 +260,7 @@ def _select_draft_model(
     about_one = (
         *("tokenizer", "revision", "quantization", "linear_kernel"),
         *("kv_cache_memory_bytes", "logits_rules", "proposer"),
+        *("enable_lora", "lora_modules", "lora_root", "adapter_resolvers"),
     )
     settings = {name: value for name, value in config.model_dump().items() if name not in about_one}
     options = proposer.get().options

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from octavo.errors import EngineDeadError
 from octavo.interfaces.executor import Executor, ExecutorReport, Step, StepOutput
 from octavo.interfaces.manifest import Manifest
+from octavo.lora.adapter import AdapterInfo
 from octavo.runner.model_runner import StepInFlight
 from octavo.runner.worker import Worker
 
@@ -31,6 +32,15 @@ class InlineExecutor(Executor):
         self.check()
         assert self._worker is not None
         return self._worker.collect(handle)
+
+    def load_adapter(self, adapter_id: int, path: str) -> AdapterInfo:
+        self.check()
+        assert self._worker is not None
+        return self._worker.load_adapter(adapter_id, path)
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        if self._worker is not None:
+            self._worker.drop_adapter(adapter_id)
 
     def check(self) -> None:
         if self._worker is None:

@@ -29,10 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of each device, 80GiB say: plan for it, be it here or not; without it this machine's",
     )
-    parser.add_argument("--max-loras", type=int, default=0, metavar="N", help="keep room for N LoRA adapters")
-    parser.add_argument(
-        "--max-lora-rank", type=int, default=16, metavar="R", help="of the largest of them (default 16)"
-    )
     parser.add_argument(
         "--tokens-per-request", type=int, metavar="N", help="a typical length, to count concurrent requests for"
     )
@@ -44,8 +40,6 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(
         engine_settings(args).config,
         memory_bytes=args.memory,
-        max_loras=args.max_loras,
-        max_lora_rank=args.max_lora_rank,
         tokens_per_request=args.tokens_per_request,
     )
     print(json.dumps(as_json(plan), indent=2) if args.json else "\n".join(as_lines(plan)))
@@ -130,7 +124,7 @@ def _byte_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield row("weights", plan.weight_bytes, f"{plan.sizes.bits_per_weight:.2f} bits a weight{on_disk}")
     yield row("rotary tables", plan.rotary_bytes, f"{plan.max_model_len:,} positions")
     if plan.max_loras:
-        yield row("adapters", plan.adapter_bytes, f"{plan.max_loras} of rank {plan.max_lora_rank}")
+        yield row("adapters", plan.adapter_bytes, f"{plan.max_loras} of rank {plan.config.max_lora_rank}")
     if plan.activation_bytes:
         yield row("activations", plan.activation_bytes, "estimated; an engine measures them")
     yield row("KV budget", plan.kv_cache_budget, plan.kv_cache_rule)

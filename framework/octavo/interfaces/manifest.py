@@ -61,10 +61,12 @@ class Manifest:
         max_model_len: tokens, prompt and output.
         attention_need: what the attention backends were chosen for.
         components: the chosen component of each socket: "checkpoint", "model", "quantization", "attention.prefill",
-            "attention.decode" (often the same), "scheduler", "executor", and "proposer" when one was asked for.
+            "attention.decode" (often the same), "scheduler", "executor", and where they were asked for
+            "proposer" and "lora".
         logits_rules: those that apply, in the order they do.
         quantization_config: the checkpoint's, its quant_method found; {} for plain weights.
         linear_kernels: those that are asked for each quantized linear, the preferred first.
+        adapter_resolvers: those that are asked for an unknown LoRA adapter, in their order.
         draft_model: what the proposer's own model is built of, where it has one.
     """
 
@@ -78,4 +80,5 @@ class Manifest:
     logits_rules: tuple[ChosenComponent, ...] = ()
     quantization_config: Mapping[str, object] = field(default_factory=dict)
     linear_kernels: tuple[ChosenComponent, ...] = ()
+    adapter_resolvers: tuple[ChosenComponent, ...] = ()
     draft_model: Manifest | None = None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
+from octavo.config import EngineConfig
 from octavo.errors import ConfigError, PluginError
 from octavo.interfaces.attention import AttentionBackend, AttentionParameters
 from octavo.interfaces.checkpoint import TensorHeader
 from octavo.interfaces.kernels import Activation, Kernels
 from octavo.interfaces.linear_kernel import LinearKernels
+from octavo.interfaces.lora import LoraBackend, LoraLimits, LoraModule, LoraPart
 from octavo.interfaces.manifest import ChosenComponent
 from octavo.interfaces.model import AttentionLayer, GatedActivation, LayerFactory, Norm, Unary
 from octavo.interfaces.model import StackedLinear as StackedLinearLayer
@@ -21,7 +24,7 @@ from octavo.interfaces.quantization import QuantizationMethod
 from octavo.model_config import RopeConfig
 from octavo.nn.attention import Attention
 from octavo.nn.embedding import Embedding
-from octavo.nn.linear import Linear, LinearPart, PackedPart, Stack, StackedLinear
+from octavo.nn.linear import Adapters, Linear, LinearPart, PackedPart, Stack, StackedLinear
 from octavo.nn.norm import RMSNorm
 from octavo.nn.parameter import Parameter
 from octavo.nn.rotary import RotaryTable, rotary_bytes_per_position
@@ -59,14 +62,42 @@ def build_linears(
     return method, None if plain is None else plain.build({}, dtype, device, headers, LinearKernels({}))
 
 
+def lora_limits(config: EngineConfig, dtype: str, device: str) -> LoraLimits:
+    """What a LoRA backend is constructed with."""
+    return LoraLimits(
+        max_loras=config.max_loras,
+        max_lora_rank=config.max_lora_rank,
+        max_num_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
+        dtype=getattr(torch, dtype),
+        device=device,
+        modules_to_save=config.lora_modules_to_save,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleSource:
+    """A module that LoRA adapters may change, and where its weight lies in the checkpoint.
+
+    Attributes:
+        prefix: its tensors' name without the parameter's suffix: the embedding's, for a tied head.
+        method: that reads them.
+    """
+
+    module: LoraModule
+    prefix: str
+    method: QuantizationMethod
+
+
 class DeviceLayerFactory(LayerFactory):
     """Layers of one device, their weights expected from `loader`; with several ranks, one rank's share of each.
 
     Args:
         method: of the linears that it quantizes. plain: of the others; None: there are none.
+        lora: adds adapters to linears and embeddings; None: none are served.
 
     Attributes:
-        linears: every linear made so far but the head: what LoRA adapters may be trained for.
+        linears: every linear made so far but the head.
+        modules: what LoRA adapters may be trained for, by the name of each.
         rotations: the distinct (rope, head_dim) that attention layers named, in the order of ForwardContext.rotary.
         packed: those whose product linear kernels compute, the head's too.
         num_weights: numbers in the whole layers made so far, before quantization; a tied head's are counted again.
@@ -80,8 +111,11 @@ class DeviceLayerFactory(LayerFactory):
         loader: WeightLoader,
         num_ranks: int = 1,
         plain: QuantizationMethod | None = None,
+        lora: LoraBackend | None = None,
     ) -> None:
         self.linears: list[LinearPart] = []
+        self.modules: dict[str, ModuleSource] = {}
+        self._lora = lora
         self.packed: list[PackedPart] = []
         self.rotations: list[tuple[RopeConfig, int]] = []
         self.num_weights = 0
@@ -165,7 +199,16 @@ class DeviceLayerFactory(LayerFactory):
     def embedding(self, prefix: str, vocab_size: int, hidden_size: int) -> Unary:
         self.num_weights += vocab_size * hidden_size
         method = self._method
-        return Embedding(self._loader, prefix, vocab_size, hidden_size, method.dtype, method.device, self._num_ranks)
+        module = LoraModule(name=prefix, in_features=vocab_size, out_features=hidden_size, kind="embedding")
+        self.modules[prefix] = ModuleSource(module=module, prefix=prefix, method=self._plain)
+        adapters = None
+        if self._lora is not None:
+            part = LoraPart(module=prefix, in_features=vocab_size, out_features=hidden_size)
+            adapters = Adapters(backend=self._lora, slot=self._lora.embedding(part))
+        return Embedding(
+            *(self._loader, prefix, vocab_size, hidden_size, method.dtype, method.device, self._num_ranks),
+            adapters=adapters,
+        )
 
     def head(self, prefix: str, vocab_size: int, hidden_size: int, *, tied_to: str | None) -> Unary:
         part = LinearPart(
@@ -175,7 +218,13 @@ class DeviceLayerFactory(LayerFactory):
             num_shards=self._num_ranks,
             padded=True,
         )
-        return self._linear([part], bias=False)
+        module = LoraModule(name=prefix, in_features=hidden_size, out_features=vocab_size, kind="head")
+        self.modules[prefix] = ModuleSource(module=module, prefix=part.prefix, method=self._method_of(part))
+        adapters = None
+        if self._lora is not None:
+            slot = self._lora.linear([replace(part.lora, module=prefix)], is_head=True)
+            adapters = Adapters(backend=self._lora, slot=slot)
+        return self._product([part], False, adapters)
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
         self.num_weights += prod(shape)
@@ -244,8 +293,22 @@ class DeviceLayerFactory(LayerFactory):
         return StackedLinear([self._linear(group, bias) for group in groups], sizes)
 
     def _linear(self, parts: Sequence[LinearPart], bias: bool) -> Linear:
+        for part in parts:
+            module = LoraModule(
+                name=part.stored_prefix,
+                in_features=part.in_features,
+                out_features=part.out_features if part.stack is None else part.stack.out_features,
+                has_bias=bias,
+            )
+            self.modules[module.name] = ModuleSource(module=module, prefix=module.name, method=self._method_of(part))
+        adapters = None
+        if self._lora is not None:
+            adapters = Adapters(backend=self._lora, slot=self._lora.linear([part.lora for part in parts]))
+        return self._product(parts, bias, adapters)
+
+    def _product(self, parts: Sequence[LinearPart], bias: bool, adapters: Adapters | None) -> Linear:
         self.num_weights += sum(part.out_features * (part.in_features + bias) for part in parts)
-        linear = Linear(self._method_of(parts[0]), self._loader, parts, bias=bias)
+        linear = Linear(self._method_of(parts[0]), self._loader, parts, bias=bias, adapters=adapters)
         self.packed += linear.packed
         return linear
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.errors import ConfigError
 from octavo.interfaces.linear_kernel import WeightFacts
+from octavo.interfaces.lora import LoraBackend, LoraPart
 from octavo.interfaces.quantization import LinearShape, ParameterSpec, QuantizationMethod, StoredLinear
 from octavo.nn.weights import Part, Receiver, Shard, WeightLoader
 
@@ -60,6 +61,17 @@ class LinearPart:
     def stored_prefix(self) -> str:
         """Of the checkpoint's tensors: the larger linear's, when it is a part of one."""
         return self.prefix if self.stack is None else self.stack.prefix
+
+    @property
+    def lora(self) -> LoraPart:
+        """What one device computes of the module that adapters know: of the larger linear, when it is a part of one."""
+        shape = self.shape_of_one
+        return LoraPart(
+            module=self.stored_prefix,
+            in_features=shape.in_features,
+            out_features=shape.out_features,
+            output_start=0 if self.stack is None else self.stack.offset,
+        )
 
     @property
     def shape(self) -> LinearShape:
@@ -140,11 +152,20 @@ class PackedPart:
         return PackedPart(prefixes=self.prefixes + other.prefixes, facts=facts, stored_bytes=stored_bytes)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapters:
+    """A linear's or an embedding's slot for LoRA adapters, and who fills it."""
+
+    backend: LoraBackend
+    slot: object
+
+
 class Linear:
     """y = x @ W.T + b, W being one or more parts of one input, stacked along out_features.
 
     x [num_tokens, in_features] -> [num_tokens, sum(out_features)]. The tensors arrive through the loader in any
     order; with the last one the method prepares them for the device and the checkpoint's copies are let go.
+    Each row's LoRA adapter is added to the product, before the bias.
 
     Attributes:
         packed: of its parts, those that linear kernels compute.
@@ -157,8 +178,10 @@ class Linear:
         parts: Sequence[LinearPart],
         *,
         bias: bool,
+        adapters: Adapters | None = None,
     ) -> None:
         self._method = method
+        self._adapters = adapters
         self._parts: list[tuple[LinearPart, dict[str, Tensor]]] = [(part, {}) for part in parts]
         self.packed: list[PackedPart] = []
         self._num_awaited = 0
@@ -176,7 +199,11 @@ class Linear:
                 part.expect(loader, spec, spec.dtype or method.dtype, self._receiver(tensors, spec.name))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._method.apply(self._prepared, x, self._bias)
+        adapters = self._adapters
+        if adapters is None or not adapters.backend.active:
+            return self._method.apply(self._prepared, x, self._bias)
+        output = adapters.backend.apply(adapters.slot, x, self._method.apply(self._prepared, x, None))
+        return output if self._bias is None else output + self._bias
 
     def _pack(self, part: PackedPart) -> None:
         joined = self.packed[-1].join(part) if self.packed else None

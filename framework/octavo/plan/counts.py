@@ -22,7 +22,7 @@ class Advice:
     """A change of one setting with which it would fit, and beyond which it would not.
 
     Attributes:
-        setting: of EngineConfig, or "memory" or "max_loras", which only a plan knows.
+        setting: of EngineConfig, or "memory", which only a plan knows.
         value: the least, or the most, that does.
     """
 
@@ -56,7 +56,6 @@ class Plan:
     memory_is_given: bool
     sizes: RankSizes
     max_loras: int
-    max_lora_rank: int
     tokens_per_request: int | None
     checkpoint_bytes: int | None
     notes: tuple[str, ...]

@@ -19,16 +19,12 @@ def make_plan(
     config: EngineConfig,
     *,
     memory_bytes: int | None = None,
-    max_loras: int = 0,
-    max_lora_rank: int = 16,
     tokens_per_request: int | None = None,
 ) -> Plan:
     """Count what an engine of this configuration would hold. No weight is read or allocated.
 
     Args:
         memory_bytes: of each device; this machine need not have such a device then. Without it, this machine's.
-        max_loras: positions for LoRA adapters to keep room for.
-        max_lora_rank: of the largest of them.
         tokens_per_request: a typical length, to count concurrent requests for.
 
     Raises:
@@ -38,8 +34,6 @@ def make_plan(
     """
     for name, value, least in (
         ("memory_bytes", memory_bytes, 1),
-        ("max_loras", max_loras, 0),
-        ("max_lora_rank", max_lora_rank, 1),
         ("tokens_per_request", tokens_per_request, 1),
     ):
         if value is not None and value < least:
@@ -49,7 +43,7 @@ def make_plan(
         # A device whose memory is told need not be here.
         elsewhere = config.device if memory_bytes is not None and config.device != "auto" else None
         selection = select(config, device=elsewhere, weights=False)
-        sizer = Sizer(selection, max_lora_rank)
+        sizer = Sizer(selection)
         sizes = sizer.sizes(config.tensor_parallel_size)
         headers = selection.files.checkpoint.tensor_headers()
         if headers:
@@ -64,8 +58,7 @@ def make_plan(
             memory=_memory(memory_bytes, selection.device),
             memory_is_given=memory_bytes is not None,
             sizes=sizes,
-            max_loras=max_loras,
-            max_lora_rank=max_lora_rank,
+            max_loras=config.max_loras if config.enable_lora else 0,
             tokens_per_request=tokens_per_request,
             checkpoint_bytes=sum(header.num_bytes for header in headers.values()) if headers else None,
             notes=(*sizes.remarks, *_obstacles(selection), *_not_counted(selection)),

@@ -11,8 +11,9 @@ import torch
 from octavo.errors import ConfigError
 from octavo.interfaces.checkpoint import TensorHeader
 from octavo.interfaces.kernels import Kernels
+from octavo.interfaces.lora import LoraBackend
 from octavo.interfaces.model import ModelArchitecture
-from octavo.nn.factory import DeviceLayerFactory, build_linears, heads_of_one_rank
+from octavo.nn.factory import DeviceLayerFactory, build_linears, heads_of_one_rank, lora_limits
 from octavo.nn.linear import PackedPart
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
@@ -26,7 +27,7 @@ MOST_RANKS = 64
 _SAMPLING_BYTES_PER_LOGIT = 32
 
 
-_SOCKETS = ("model", "quantization", "quantization.plain", "kernels", "attention.prefill", "attention.decode")
+_SOCKETS = ("model", "quantization", "quantization.plain", "kernels", "attention.prefill", "attention.decode", "lora")
 """What is built to be counted."""
 
 
@@ -39,7 +40,7 @@ class RankSizes:
             tensor of its own.
         bits_per_weight: of the whole model as it is kept, scales and zeros included.
         rotary_bytes_per_position: of the tables of cosines and sines.
-        adapter_bytes: of one position for a LoRA adapter over every linear but the head.
+        adapter_bytes: of one position for a LoRA adapter; 0 where none are served.
         kv_bytes_per_block: of all layers.
         activation_bytes_per_token: an estimate of what a layer holds at its widest: residual and hidden state, and
             three times its widest projection, as gate, up and their product are.
@@ -65,9 +66,8 @@ class Sizer:
         ConfigError: no model architecture, quantization method or attention backend can serve as asked.
     """
 
-    def __init__(self, selection: Selection, max_lora_rank: int) -> None:
+    def __init__(self, selection: Selection) -> None:
         self._selection = selection
-        self._max_lora_rank = max_lora_rank
         self._dtype: torch.dtype = getattr(torch, selection.dtype)
         chosen = {socket: selection.choices[socket].get() for socket in _SOCKETS if socket in selection.choices}
         self._model = chosen["model"]
@@ -80,6 +80,7 @@ class Sizer:
             selection.device,
             selection.files.checkpoint.tensor_headers(),
         )
+        self._lora = chosen.get("lora")
         self._kernels: Kernels = chosen["kernels"].build(Need(device=selection.device, dtype=selection.dtype))
         self.sizes_of = cache(self._sizes_of)
 
@@ -111,24 +112,23 @@ class Sizer:
         Raises:
             CheckpointError: as loading would; every missing, unexpected and misshapen tensor is named.
         """
-        model, _, loader = self._build(1)
+        model, _, loader, _ = self._build(1)
         loader.check({name: header.shape for name, header in headers.items()}, model.ignored_names())
 
     def linears(self) -> Iterator[tuple[PackedPart, Mapping[str, Sequence[str]]]]:
         """Every linear that kernels multiply, on one device, with each kernel's reasons against it."""
-        _, factory, _ = self._build(1)
+        _, factory, _, _ = self._build(1)
         for part in factory.packed:
             yield part, self._method.kernels.ask(part.facts)
 
     def _sizes_of(self, num_ranks: int) -> RankSizes:
         model_config = self._selection.files.model_config
-        _, factory, _ = self._build(num_ranks)
+        _, factory, _, lora = self._build(num_ranks)
         heads, kv_heads = heads_of_one_rank(model_config.num_heads, model_config.num_kv_heads, num_ranks)
         need = replace(self._selection.attention_need, num_heads=heads, num_kv_heads=kv_heads)
         layout = build_attention(*self._attention, need).kv_layout()
         shapes = [part.shape_of_one for part in factory.linears]
         widest = max((max(shape.in_features, shape.out_features) for shape in shapes), default=0)
-        lora_features = sum(shape.in_features + shape.out_features for shape in shapes)
         return RankSizes(
             num_ranks=num_ranks,
             weight_bytes=factory.weight_bytes,
@@ -136,19 +136,23 @@ class Sizer:
                 8 * factory.weight_bytes / factory.num_weights if num_ranks == 1 else self.sizes_of(1).bits_per_weight
             ),
             rotary_bytes_per_position=factory.rotary_bytes_per_position,
-            adapter_bytes=self._max_lora_rank * lora_features * self._dtype.itemsize,
+            adapter_bytes=0 if lora is None else lora.num_bytes // lora.limits.max_loras,
             kv_bytes_per_block=layout.bytes_per_block * model_config.num_layers,
             activation_bytes_per_token=(2 * model_config.hidden_size + 3 * widest) * self._dtype.itemsize,
             activation_bytes_per_sample=_SAMPLING_BYTES_PER_LOGIT * model_config.vocab_size,
             remarks=tuple(self._remarks(num_ranks)),
         )
 
-    def _build(self, num_ranks: int) -> tuple[ModelArchitecture, DeviceLayerFactory, WeightLoader]:
-        loader = WeightLoader()
-        attention = build_attention(*self._attention, self._selection.attention_need)
-        factory = DeviceLayerFactory(self._method, attention, self._kernels, loader, num_ranks, self._plain)
-        model: ModelArchitecture = self._model.build(self._selection.files.model_config, factory)
-        return model, factory, loader
+    def _build(
+        self, num_ranks: int
+    ) -> tuple[ModelArchitecture, DeviceLayerFactory, WeightLoader, LoraBackend | None]:
+        selection, loader = self._selection, WeightLoader()
+        limits = lora_limits(selection.config, selection.dtype, selection.device)
+        lora: LoraBackend | None = None if self._lora is None else self._lora.build(limits)
+        attention = build_attention(*self._attention, selection.attention_need)
+        factory = DeviceLayerFactory(self._method, attention, self._kernels, loader, num_ranks, self._plain, lora)
+        model: ModelArchitecture = self._model.build(selection.files.model_config, factory)
+        return model, factory, loader, lora
 
     def _remarks(self, num_ranks: int) -> list[str]:
         config = self._selection.files.model_config

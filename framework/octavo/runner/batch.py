@@ -16,6 +16,7 @@ from torch import Tensor
 from octavo.interfaces.attention import PAD_SLOT, BatchLayout, BatchLimits
 from octavo.interfaces.executor import NewRow, ScheduledRow, Step
 from octavo.interfaces.kernels import SamplingInputs
+from octavo.interfaces.lora import NO_ADAPTER
 from octavo.runner.step_inputs import PromptTargets, Samples, StepInputs
 from octavo.runner.transfer import Array, StepTransfer
 
@@ -66,6 +67,7 @@ class PersistentBatch:
         self._sample_index = np.zeros(rows, np.int32)
         self._num_tokens = np.zeros(rows, np.int64)  # that are known here: what comes behind is still on the device
         self._num_entries = np.zeros(rows, np.int64)
+        self._adapter_position = np.full(rows, NO_ADAPTER, np.int32)
         self._num_logprobs: dict[int, int] = {}
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # row -> (tokens of the prompt, logprobs of each)
 
@@ -89,6 +91,11 @@ class PersistentBatch:
     def token_ids(self, row: int) -> Array:
         """[num_tokens] int64, a row's tokens up to its last sample; a view, good until the next step."""
         return self._token_ids[row, : self._num_tokens[row]]
+
+    def adapter_positions(self, rows: Array) -> Array | None:
+        """[num_rows] int32, the device position of each row's LoRA adapter or NO_ADAPTER; None: no row has one."""
+        positions = self._adapter_position[rows]
+        return positions if positions.max(initial=NO_ADAPTER) > NO_ADAPTER else None
 
     def update(self, step: Step) -> None:
         """Take in who left, who entered, and which blocks and tokens were added."""
@@ -125,6 +132,7 @@ class PersistentBatch:
         self._temperature[row], self._top_p[row], self._min_p[row] = params.temperature, params.top_p, params.min_p
         self._top_k[row] = min(max(0, params.top_k), _MAX_INT32)
         self._seed[row], self._sample_index[row] = new.seed, new.sample_index
+        self._adapter_position[row] = NO_ADAPTER if new.adapter_position is None else new.adapter_position
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
         if params.prompt_logprobs is not None and len(new.token_ids) == new.num_prompt_tokens:  # else they were told
@@ -166,8 +174,11 @@ class PersistentBatch:
             "seq_lens": seq_lens,
             "query_start_loc": query_start_loc,
         }
+        adapter_positions = self.adapter_positions(token_rows)
         if graph_size is not None:
             arrays = _padded(arrays, graph_size)
+            if adapter_positions is not None:
+                adapter_positions = _filled(adapter_positions, graph_size, NO_ADAPTER)
         arrays |= self._of_samples(draws)
         arrays["block_table"] = self._block_table[rows, : -(-max_seq_len // self._block_size)]
         device = self._transfer.send(arrays, fixed=graph_size is not None)
@@ -197,6 +208,7 @@ class PersistentBatch:
             layout=layout,
             samples=self._samples(draws, drafts, device) if draws.request_ids else None,
             prompt_targets=self._prompt_targets(rows, starts, lengths, query_start_loc, scheduled),
+            adapter_positions=adapter_positions,
             graph_size=graph_size,
         )
 

@@ -46,22 +46,23 @@ class GraphPlan:
 
 
 class DecodeGraphs:
-    """The captured steps by their number of requests."""
+    """The captured steps by their number of requests, each without LoRA adapters and, where they are served, with."""
 
-    def __init__(self, plan: GraphPlan) -> None:
+    def __init__(self, plan: GraphPlan, serves_adapters: bool) -> None:
         self._plan = plan
-        self._replays: dict[int, Forward] = {}
+        self._variants = (False, True) if serves_adapters else (False,)
+        self._replays: dict[tuple[int, bool], Forward] = {}
 
     @property
     def max_size(self) -> int:
         """The largest that may be captured."""
         return max(self._plan.sizes)
 
-    def capture(self, prepare: Callable[[int], Forward]) -> list[int]:
+    def capture(self, prepare: Callable[[int, bool], Forward]) -> list[int]:
         """Capture within the plan's time and memory: the largest, whose memory all share, then the small ones first.
 
         Args:
-            prepare: makes the forward of a padded step of that size.
+            prepare: makes the forward of a padded step of that size, with adapters or without.
 
         Returns:
             the sizes that were captured; a step takes the next larger one, so those left out cost speed alone.
@@ -74,9 +75,10 @@ class DecodeGraphs:
             spent = time.monotonic() - start > plan.max_seconds or taken_bytes > max_bytes
             if self._replays and spent:
                 break
-            self._replays[size] = plan.capture(prepare(size))
+            for with_adapters in self._variants:
+                self._replays[size, with_adapters] = plan.capture(prepare(size, with_adapters))
             taken_bytes = free_bytes - device_memory(plan.device).free_bytes
-        captured = sorted(self._replays)
+        captured = sorted({size for size, _ in self._replays})
         left_out = sorted(set(order) - set(captured))
         logger.info(
             "Captured decode steps of %s requests in %.2f s (of %.0f s allowed), %.0f MiB (of %.0f MiB)%s",
@@ -86,9 +88,9 @@ class DecodeGraphs:
         )
         return captured
 
-    def replay(self, size: int) -> tuple[Tensor, Tensor]:
+    def replay(self, size: int, with_adapters: bool) -> tuple[Tensor, Tensor]:
         """What a captured step computes of what its inputs hold now."""
-        return self._replays[size]()
+        return self._replays[size, with_adapters]()
 
 
 def graph_plan(device: str, max_num_requests: int, enforce_eager: bool) -> GraphPlan | None:

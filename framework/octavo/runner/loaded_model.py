@@ -13,20 +13,30 @@ from octavo.interfaces.attention import AttentionBackend, BatchLimits, KVCache
 from octavo.interfaces.checkpoint import Checkpoint
 from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.logits_rule import LogitsRule
+from octavo.interfaces.lora import LoraBackend
 from octavo.interfaces.manifest import Manifest
 from octavo.interfaces.model import ModelArchitecture
 from octavo.model_config import ModelConfig
-from octavo.nn.factory import DeviceLayerFactory, build_linears
+from octavo.nn.factory import DeviceLayerFactory, build_linears, lora_limits
 from octavo.nn.rotary import RotaryTable
 from octavo.nn.split_attention import build_attention
 from octavo.nn.weights import WeightLoader
 from octavo.plugins.specs import Need
 from octavo.runner.drafting import Drafter
 from octavo.runner.graphs import GraphPlan
+from octavo.runner.lora_base import CheckpointBase
 from octavo.runner.model_runner import ModelRunner
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """What measures a start-up phase, by its name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedAdapters:
+    """Who adds LoRA adapters to the model's layers, and the base that they are checked against."""
+
+    backend: LoraBackend
+    base: CheckpointBase
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +50,7 @@ class LoadedModel:
     attention: AttentionBackend
     kernels: Kernels
     weight_bytes: int
+    adapters: ServedAdapters | None = None
 
     @property
     def bytes_per_block(self) -> int:
@@ -87,6 +98,7 @@ class LoadedModel:
             rules=rules,
             drafter=drafter,
             graph_plan=graph_plan,
+            lora=None if self.adapters is None else self.adapters.backend,
         )
 
 
@@ -104,11 +116,18 @@ def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
             chosen, manifest.linear_kernels, manifest.quantization_config, dtype, manifest.device, headers
         )
         kernels: Kernels = chosen["kernels"].build(Need(device=manifest.device, dtype=manifest.dtype))
-        factory = DeviceLayerFactory(method, attention, kernels, loader, plain=plain)
+        lora = _lora(manifest)
+        factory = DeviceLayerFactory(method, attention, kernels, loader, plain=plain, lora=lora)
         model: ModelArchitecture = chosen["model"].build(config, factory)
         rotary = factory.rotary_tables(manifest.max_model_len)
     with phase("load weights"):
         loader.load(checkpoint.tensors(), model.ignored_names())
+    adapters = None
+    if lora is not None:
+        with phase("allocate adapters"):
+            lora.allocate()
+        names = (manifest.config.model, manifest.model_path)
+        adapters = ServedAdapters(backend=lora, base=CheckpointBase(checkpoint, names, factory.modules))
     return LoadedModel(
         manifest=manifest,
         config=config,
@@ -117,7 +136,15 @@ def load_model(manifest: Manifest, phase: Phase) -> LoadedModel:
         attention=attention,
         kernels=kernels,
         weight_bytes=factory.weight_bytes,
+        adapters=adapters,
     )
+
+
+def _lora(manifest: Manifest) -> LoraBackend | None:
+    if (chosen := manifest.components.get("lora")) is None:
+        return None
+    backend: LoraBackend = chosen.build(lora_limits(manifest.config, manifest.dtype, manifest.device))
+    return backend
 
 
 def check_same_vocabulary(served: Manifest, draft: Manifest) -> None:

@@ -19,6 +19,7 @@ from octavo.interfaces.attention import AttentionBackend, BatchLimits, KVCache
 from octavo.interfaces.executor import BlockCopy, Step, StepOutput
 from octavo.interfaces.kernels import Kernels
 from octavo.interfaces.logits_rule import LogitsRule
+from octavo.interfaces.lora import NO_ADAPTER, LoraBackend
 from octavo.interfaces.model import ForwardContext, ModelArchitecture
 from octavo.nn.rotary import RotaryTable
 from octavo.outputs import TokenLogprobs
@@ -28,7 +29,7 @@ from octavo.runner.graphs import DecodeGraphs, Forward, GraphPlan
 from octavo.runner.logprobs import LogprobTensors, chunks, token_logprobs
 from octavo.runner.rules import RuleSet
 from octavo.runner.step_inputs import PromptTargets, Samples, StepInputs
-from octavo.runner.transfer import Moment, to_device, to_host
+from octavo.runner.transfer import Array, Moment, to_device, to_host
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +55,7 @@ class ModelRunner:
     """Runs steps in the order given: batch, model, sampler.
 
     Args:
+        lora: what the model's layers ask for each row's adapter; None: no adapters are served.
         graph_plan: which steps of decodes alone are captured, where the attention backend lets them be; None: no step.
     """
 
@@ -68,8 +70,10 @@ class ModelRunner:
         rules: Sequence[LogitsRule] = (),
         drafter: Drafter | None = None,
         graph_plan: GraphPlan | None = None,
+        lora: LoraBackend | None = None,
     ) -> None:
         self._model = model
+        self._lora = lora
         self._rotary = rotary
         self._attention = attention
         self._kernels = kernels
@@ -82,7 +86,7 @@ class ModelRunner:
         self._last_sampled = torch.zeros(limits.max_num_requests, dtype=torch.int64, device=limits.device)  # by row
         self._graphs = None
         if graph_plan is not None and attention.graph_mode == "decode" and model.can_be_captured:
-            self._graphs = DecodeGraphs(graph_plan)
+            self._graphs = DecodeGraphs(graph_plan, serves_adapters=lora is not None)
         self._batch = PersistentBatch(limits, self._graphs.max_size if self._graphs is not None else 0)
 
     @torch.inference_mode()
@@ -121,7 +125,8 @@ class ModelRunner:
             targets.request_id: self._prompt_logprobs(targets, hidden, residual) for targets in inputs.prompt_targets
         }
         if samples is not None:
-            logits = self._model.head(samples.of(hidden), samples.of(residual))
+            positions = self._batch.adapter_positions(samples.rows)
+            logits = self._head(samples.of(hidden), samples.of(residual), positions)
             if self._in_flight and self._rules.looks_back_at(samples.rows.tolist()):
                 self._know_tokens()  # of the steps before
             sampled = self._kernels.sample(self._rules.apply(logits, samples), samples.inputs)
@@ -195,9 +200,11 @@ class ModelRunner:
 
     def _prompt_logprobs(self, targets: PromptTargets, hidden: Tensor, residual: Tensor) -> list[LogprobTensors]:
         logprobs = []
+        position = self._batch.adapter_positions(np.array([self._batch.row_of(targets.request_id)]))
         for rows in chunks(len(targets.token_ids)):
             span = slice(targets.first + rows.start, targets.first + rows.stop)
-            logits = self._model.head(hidden[span], residual[span])
+            positions = None if position is None else np.repeat(position, rows.stop - rows.start)
+            logits = self._head(hidden[span], residual[span], positions)
             token_ids = to_device(targets.token_ids[rows], logits.device)
             logprobs.append(token_logprobs(logits, token_ids, [targets.num_logprobs] * (rows.stop - rows.start)))
         return logprobs
@@ -218,14 +225,26 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """(hidden, residual) of the last layer, [num_tokens, hidden_size] each."""
         self._attention.plan(inputs.layout, self._attention_state)
+        self._plan_adapters(inputs.adapter_positions, captured=inputs.graph_size is not None)
         if inputs.graph_size is not None:
             assert self._graphs is not None
-            return self._graphs.replay(inputs.graph_size)
+            return self._graphs.replay(inputs.graph_size, inputs.adapter_positions is not None)
         return self._compute(inputs)
 
-    def _padded_step(self, graph_size: int) -> Forward:
+    def _head(self, hidden: Tensor, residual: Tensor, positions: Array | None) -> Tensor:
+        """The logits of some of a step's rows; `positions` are of their adapters, as in StepInputs."""
+        acts = self._lora is not None and self._lora.acts_on_head
+        self._plan_adapters(positions if acts else None)
+        return self._model.head(hidden, residual)
+
+    def _plan_adapters(self, positions: Array | None, captured: bool = False) -> None:
+        if self._lora is not None and (positions is not None or self._lora.active):
+            self._lora.plan(positions, captured=captured and positions is not None)
+
+    def _padded_step(self, graph_size: int, with_adapters: bool) -> Forward:
         inputs = self._batch.padding(graph_size)
         self._attention.plan(inputs.layout, self._attention_state)
+        self._plan_adapters(np.full(graph_size, NO_ADAPTER, np.int32) if with_adapters else None, captured=True)
         return partial(self._compute, inputs)
 
     def _compute(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:

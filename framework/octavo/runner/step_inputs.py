@@ -61,6 +61,8 @@ class StepInputs:
         layout: where each request's tokens are, for attention.
         samples: what is drawn; None when no row samples.
         prompt_targets: of the requests that want their prompts' logprobs.
+        adapter_positions: [num_tokens] int32 on the host, the device position of each token's LoRA adapter or
+            NO_ADAPTER; None: no token has one.
         graph_size: of a step padded to that many requests, whose tensors lie where a captured step of the size reads.
     """
 
@@ -70,4 +72,5 @@ class StepInputs:
     layout: BatchLayout
     samples: Samples | None
     prompt_targets: list[PromptTargets]
+    adapter_positions: Array | None = None
     graph_size: int | None = None

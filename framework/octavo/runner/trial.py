@@ -28,10 +28,14 @@ def activation_bytes(model: LoadedModel, rules: Sequence[LogitsRule] = ()) -> in
 
 
 def make_trial_steps(model: LoadedModel, rules: Sequence[LogitsRule] = ()) -> None:
-    """The largest steps of each kind, and again with what rules and logprobs add to them."""
-    for asked in (SamplingParams(), SamplingParams(logit_bias={0: 0.0}, logprobs=1)):
+    """The largest steps of each kind, and again with what rules, logprobs and LoRA adapters add to them."""
+    position = None if model.adapters is None else 0  # where no adapter is yet: it changes nothing, but is computed
+    for asked, adapter_position in (
+        (SamplingParams(), None),
+        (SamplingParams(logit_bias={0: 0.0}, logprobs=1), position),
+    ):
         runner = model.make_trial_runner(num_trial_blocks(model.limits), rules)
-        for step in trial_steps(model.limits, asked):
+        for step in trial_steps(model.limits, asked, adapter_position):
             runner.execute(step)
 
 
@@ -41,7 +45,7 @@ def num_trial_blocks(limits: BatchLimits) -> int:
     return _blocks(longest + 2, limits) + num_short * _blocks(short + 1, limits)
 
 
-def trial_steps(limits: BatchLimits, asked: SamplingParams) -> Iterator[Step]:
+def trial_steps(limits: BatchLimits, asked: SamplingParams, adapter_position: int | None = None) -> Iterator[Step]:
     """One request with as long a prompt as a step takes; as many more as fit beside its next token; a token of all.
 
     Then prompts of every power of two, for kernels may go by the length. Tokens are drawn in each of the ways that
@@ -49,6 +53,7 @@ def trial_steps(limits: BatchLimits, asked: SamplingParams) -> Iterator[Step]:
 
     Args:
         asked: what all requests ask for, but for how they are drawn.
+        adapter_position: of all requests.
     """
     limited = replace(asked, top_p=0.9, top_k=50, min_p=0.01)
     longest, short, num_short = _sizes(limits)
@@ -67,7 +72,7 @@ def trial_steps(limits: BatchLimits, asked: SamplingParams) -> Iterator[Step]:
         for name, length, first, count in zip(names, lengths, firsts, counts, strict=True)
     ]
     entering = [
-        _new_row(name, length, limited if index else asked)
+        _new_row(name, length, limited if index else asked, adapter_position)
         for index, (name, length) in enumerate(zip(names, lengths, strict=True))
     ]
     yield Step(step_id=0, entering=entering[:1], rows=rows[:1])
@@ -86,7 +91,12 @@ def trial_steps(limits: BatchLimits, asked: SamplingParams) -> Iterator[Step]:
         row = ScheduledRow(
             request_id=name, num_computed_tokens=0, num_tokens=length, new_block_ids=blocks, samples=True
         )
-        yield Step(step_id=3 + exponent, leaving=leaving, entering=[_new_row(name, length, greedy)], rows=[row])
+        yield Step(
+            step_id=3 + exponent,
+            leaving=leaving,
+            entering=[_new_row(name, length, greedy, adapter_position)],
+            rows=[row],
+        )
         leaving = [name]
 
 
@@ -102,9 +112,15 @@ def _blocks(num_tokens: int, limits: BatchLimits) -> int:
     return -(-min(num_tokens, limits.max_model_len) // limits.block_size)
 
 
-def _new_row(name: str, num_tokens: int, params: SamplingParams) -> NewRow:
+def _new_row(name: str, num_tokens: int, params: SamplingParams, adapter_position: int | None) -> NewRow:
     return NewRow(
-        request_id=name, token_ids=[0] * num_tokens, num_prompt_tokens=num_tokens, params=params, seed=0, sample_index=0
+        request_id=name,
+        token_ids=[0] * num_tokens,
+        num_prompt_tokens=num_tokens,
+        params=params,
+        seed=0,
+        sample_index=0,
+        adapter_position=adapter_position,
     )
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from octavo.interfaces.executor import ExecutorReport, Step, StepOutput
+import torch
+
+from octavo.errors import AdapterError
+from octavo.interfaces.executor import AdapterPlacement, ExecutorReport, Step, StepOutput
 from octavo.interfaces.logits_rule import RuleLimits
+from octavo.interfaces.lora import AdapterWeights
 from octavo.interfaces.manifest import Manifest
 from octavo.interfaces.proposer import IncrementalModel, ProposerContext
+from octavo.lora.adapter import AdapterInfo
 from octavo.runner.drafting import Drafter
 from octavo.runner.graphs import graph_plan
 from octavo.runner.incremental_model import PagedIncrementalModel
@@ -34,11 +39,13 @@ class Worker:
 
     def __init__(self, manifest: Manifest) -> None:
         self._phases: list[tuple[str, float]] = []
+        self._loaded: dict[int, AdapterWeights] = {}
         model, draft = load_model(manifest, self._phase), None
         if manifest.draft_model is not None:
             with self._phase("load draft model"):
                 check_same_vocabulary(manifest, manifest.draft_model)
                 draft = load_model(manifest.draft_model, lambda _phase: nullcontext())
+        self._adapters = model.adapters
         engine, bytes_per_block = manifest.config, model.bytes_per_block
         rule_limits = RuleLimits(
             max_num_requests=engine.max_num_seqs, vocab_size=model.config.vocab_size, device=manifest.device
@@ -72,14 +79,39 @@ class Worker:
             num_blocks=num_blocks,
             kv_cache_bytes=kv_cache_bytes + draft_kv_bytes,
             weight_bytes=model.weight_bytes + (draft.weight_bytes if draft is not None else 0),
+            adapter_bytes=0 if model.adapters is None else model.adapters.backend.num_bytes,
             phases=tuple(self._phases),
         )
 
     def submit(self, step: Step) -> StepInFlight:
+        if step.placements:
+            self._place(step.placements)
         return self._runner.submit(step)
 
     def collect(self, step: StepInFlight) -> StepOutput:
         return self._runner.collect(step)
+
+    @torch.inference_mode()
+    def load_adapter(self, adapter_id: int, path: str) -> AdapterInfo:
+        """Read an adapter into the host's memory; may be called beside steps.
+
+        Raises:
+            AdapterError: it cannot be served.
+        """
+        if self._adapters is None:
+            raise AdapterError("No LoRA adapters are served: set enable_lora=True.")
+        self._loaded[adapter_id] = adapter = self._adapters.backend.load(path, self._adapters.base)
+        return adapter.info
+
+    def drop_adapter(self, adapter_id: int) -> None:
+        """Let go of a loaded adapter."""
+        self._loaded.pop(adapter_id, None)
+
+    @torch.inference_mode()
+    def _place(self, placements: Sequence[AdapterPlacement]) -> None:
+        assert self._adapters is not None, "placements are of adapters that were loaded"
+        for placement in placements:
+            self._adapters.backend.place(placement.position, self._loaded[placement.adapter_id])
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
