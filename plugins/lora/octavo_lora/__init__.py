@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from octavo import LoraSpec, hookimpl
+from octavo import AdapterResolverSpec, LoraSpec, Spec, hookimpl
 
 OCTAVO_API = "1.0"
 
 
 @hookimpl
-def octavo_components() -> list[LoraSpec]:
+def octavo_components() -> list[Spec]:
     return [
         LoraSpec(
             name="torch",
@@ -25,5 +25,17 @@ def octavo_components() -> list[LoraSpec]:
             install="pip install peft triton",
             priority=100,
             probe="octavo.plugins.triton_probe:why_not",
+        ),
+        AdapterResolverSpec(
+            name="filesystem",
+            summary="adapters by name in the folders below a root",
+            target="octavo_lora.resolvers:FilesystemResolver",
+            options="octavo_lora.options:FilesystemOptions",
+        ),
+        AdapterResolverSpec(
+            name="hf",
+            summary="adapters by Hugging Face id, those that are allowed",
+            target="octavo_lora.resolvers:HuggingFaceResolver",
+            options="octavo_lora.options:HuggingFaceOptions",
         ),
     ]
