@@ -412,7 +412,7 @@ def test_cuda_is_planned_without_one_only_when_its_memory_is_told(
         make_plan(config)
 
 
-@pytest.mark.parametrize("name", ["memory_bytes", "max_lora_rank", "tokens_per_request"])
+@pytest.mark.parametrize("name", ["memory_bytes", "tokens_per_request"])
 def test_sizes_of_nothing_are_refused(name: str, tmp_path: Path) -> None:
     config = EngineConfig(model=write_config(tmp_path, LLAMA_3_8B))
     arguments: dict[str, Any] = {name: 0}

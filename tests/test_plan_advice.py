@@ -71,7 +71,7 @@ MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
     ),
     "too many adapters": (
         LLAMA_3_8B,
-        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8192, "max_loras": 100, "max_lora_rank": 64},
+        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8192, "enable_lora": True, "max_loras": 100, "max_lora_rank": 64},
         {"tensor_parallel_size", "max_loras", "memory"},
     ),
 }
@@ -79,9 +79,8 @@ MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
 
 def plan_of(model: str, asked: dict[str, Any]) -> Plan:
     settings = dict(asked)
-    arguments = {name: settings.pop(name) for name in ("max_loras", "max_lora_rank") if name in settings}
     memory = settings.pop("memory")
-    return make_plan(EngineConfig.create(model=model, **settings), memory_bytes=memory, **arguments)
+    return make_plan(EngineConfig.create(model=model, **settings), memory_bytes=memory)
 
 
 def steps_less(advice: Advice, asked: dict[str, Any]) -> list[int | float]:

@@ -89,7 +89,7 @@ def test_table_of_a_model_that_fits(model: str, capsys: pytest.CaptureFixture[st
 
 def test_bytes_of_all_devices_stand_beside_those_of_each(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, out = octavo(
-        capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "8", "--max-loras", "2"
+        capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "8", "--enable-lora", "--max-loras", "2"
     )
     assert "on 8 cuda devices" in out
     rows = {line.split("  ")[1]: line.split() for line in out.splitlines() if line.startswith("  ")}
@@ -142,7 +142,7 @@ def test_a_length_that_is_cut_short_is_status_0_with_what_would_serve_it(
 
 def test_json_is_one_object_with_every_number(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = as_json(
-        capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "2", "--max-loras", "1"
+        capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "2", "--enable-lora", "--max-loras", "1"
     )
     assert found["weight_bytes_of_all_ranks"] == 2 * found["weight_bytes"]
     assert (found["fits"], found["faults"], found["advice"]) == (True, [], [])

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import TypedDict
 
 from octavo.errors import ConfigError, RequestError
+from octavo.lora.adapter import Adapter
 from octavo.model_config import ModelConfig
 from octavo.request import Request
 from octavo.sampling_params import MAX_SEED, SamplingParams
@@ -77,6 +78,7 @@ class InputProcessor:
         *,
         priority: int = 0,
         tenant: str | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """The request of the first of `n` completions, those of the others its siblings.
 
@@ -85,6 +87,7 @@ class InputProcessor:
         Args:
             prompt_token_ids: whole; the request's own are what `truncate_prompt_tokens` leaves of them.
             priority, tenant: what the scheduler policy may rank it by; a lower priority is served earlier.
+            adapter: the LoRA adapter it is answered with.
 
         Raises:
             RequestError: no tokens, ids outside the vocabulary, no room for one output token, `params` is none or
@@ -114,6 +117,7 @@ class InputProcessor:
                 priority=int(priority),
                 tenant=tenant,
                 bad_words_token_ids=bad_words_token_ids,
+                adapter=adapter,
             )
             for index in range(params.n)
         )

@@ -23,6 +23,8 @@ from octavo.explanation import Explanation, explain_selection
 from octavo.input_processor import Prompt, default_sampling_params
 from octavo.interfaces.executor import ExecutorReport
 from octavo.interfaces.manifest import Manifest
+from octavo.lora.adapter import Adapter, AdapterStatus
+from octavo.lora.request import AdapterWish, LoRARequest, adapter_wishes
 from octavo.outputs import RequestOutput
 from octavo.progress import MakeBar, generation_bar
 from octavo.sampling_params import SamplingParams
@@ -65,6 +67,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | MakeBar = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
@@ -74,12 +78,16 @@ class LLM:
             prompts: one or many; each a text, a list of token ids, or a dict with "prompt" or "prompt_token_ids".
             sampling_params: one for all, or one for each prompt; default `get_default_sampling_params()`.
             use_tqdm: a progress bar, where standard error is a terminal; or what makes it, called as tqdm is.
+            lora_request: the LoRA adapter to answer with, one for all, or one (or None) for each prompt; read when its
+                name is not known yet.
+            adapter: the same by name alone: of one that is loaded, or that lora_root or a resolver finds.
             priority: one for all, or one for each prompt; lower is served earlier, default 0.
             tenant: who asks: one for all, or one (or None) for each prompt. Priority and tenant are for the scheduler
                 policy; one that does not go by them, such as the built-in "fcfs", passes over them.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; then none of them was started.
+            AdapterError: an adapter is not known or cannot be served; then none of them was started.
             EngineDeadError: the engine stopped; the cause is chained.
         """
         wanted = _as_list(prompts)
@@ -89,6 +97,7 @@ class LLM:
                 self._params_for_each(sampling_params, len(wanted)),
                 _for_each(0 if priority is None else priority, len(wanted), "priorities"),
                 _for_each(tenant, len(wanted), "tenants"),
+                adapter_wishes(lora_request, adapter, len(wanted)),
             )
             for _ in self._run(outputs):
                 show(outputs)
@@ -101,32 +110,44 @@ class LLM:
         *,
         use_tqdm: bool | MakeBar = True,
         add_generation_prompt: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         priority: int | Sequence[int] | None = None,
         tenant: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, each a list of {"role", "content"}, through the model's template.
 
-        `use_tqdm`, `priority` and `tenant` as in `generate`, for each conversation.
+        What else is given is as in `generate`, for each conversation.
         """
         is_one = any(isinstance(message, Mapping) for message in messages)
         conversations: Sequence[Any] = [messages] if is_one else messages
         prompts = [self._chat_prompt(conversation, add_generation_prompt) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tenant=tenant)
+        return self.generate(
+            *(prompts, sampling_params),
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            adapter=adapter,
+            priority=priority,
+            tenant=tenant,
+        )
 
     def stream(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        lora_request: LoRARequest | None = None,
+        adapter: str | None = None,
         priority: int = 0,
         tenant: str | None = None,
     ) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding its growing output after each step that changed it; the last is finished.
 
         Leaving the loop early aborts the request. Other prompts may be run meanwhile: they share the steps.
-        `priority` and `tenant` as in `generate`.
+        What else is given is as in `generate`.
         """
-        outputs = self._add([prompt], self._params_for_each(sampling_params, 1), [priority], [tenant])
+        wishes = adapter_wishes(lora_request, adapter, 1)
+        outputs = self._add([prompt], self._params_for_each(sampling_params, 1), [priority], [tenant], wishes)
         shown = _progress(outputs[0])
         for _ in self._run(outputs):
             if shown != (shown := _progress(outputs[0])):
@@ -139,17 +160,32 @@ class LLM:
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         *,
+        lora_request: LoRARequest | None = None,
+        adapter: str | None = None,
         priority: int = 0,
         tenant: str | None = None,
     ) -> Iterator[RequestOutput]:
         """Like `stream`, for one conversation."""
-        return self.stream(self._chat_prompt(messages, True), sampling_params, priority=priority, tenant=tenant)
+        return self.stream(
+            *(self._chat_prompt(messages, True), sampling_params),
+            lora_request=lora_request,
+            adapter=adapter,
+            priority=priority,
+            tenant=tenant,
+        )
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> list[BeamSearchOutput]:
         """For every prompt the `beam_width` sequences that a beam search finds, as transformers' `generate` does.
 
         Each beam is a request on blocks shared with the others. As many prompts are searched at once as have room for
-        all their beams in one batch.
+        all their beams in one batch. `lora_request` and `adapter` as in `generate`.
 
         Raises:
             RequestError: a prompt cannot be served, or `beam_width` is above max_num_seqs; then none was started.
@@ -157,11 +193,15 @@ class LLM:
         """
         if not isinstance(params, BeamSearchParams):
             raise RequestError(f"Beam search takes BeamSearchParams(...); found {type(params).__name__}.")
-        searches = []
-        for prompt in _as_list(prompts):
+        searches, wanted = [], _as_list(prompts)
+        wishes = adapter_wishes(lora_request, adapter, len(wanted))
+        adapters = {wish: self._adapter(wish) for wish in dict.fromkeys(wishes)}
+        for prompt, wish in zip(wanted, wishes, strict=True):
             _text, token_ids = self._assembly.inputs.tokenize(prompt)
             request_id = str(next(self._request_ids))
-            searches.append(BeamSearch(self.engine, self._assembly.inputs, request_id, token_ids, params))
+            searches.append(
+                BeamSearch(self.engine, self._assembly.inputs, request_id, token_ids, params, adapters[wish])
+            )
         at_once = self.config.max_num_seqs // params.beam_width
         with closing(run_beam_searches(searches, self._step, at_once)) as steps:
             num_left: int | None = len(searches)
@@ -171,6 +211,45 @@ class LLM:
         while self.engine.is_draining:
             self._step()
         return [search.output(self._assembly.tokenizer) for search in searches]
+
+    def load_adapter(self, name: str, path: str, *, replace: bool = False) -> AdapterStatus:
+        """Read a LoRA adapter, a PEFT folder or a Hugging Face id, so that prompts can name it.
+
+        Args:
+            replace: swap it for the one of this name between two steps; requests that run keep the old weights.
+
+        Raises:
+            AdapterError: it cannot be served, or the name is another's; says why.
+            ConfigError: the engine serves no adapters.
+        """
+        loading = self.engine.load_adapter(name, path, replace=replace)
+        while not loading.done():
+            self._step()
+        loading.result()
+        return next(status for status in self.engine.adapters() if status.name == name)
+
+    def unload_adapter(self, name: str, *, abort: bool = False) -> None:
+        """Forget an adapter; its memory is free once its requests have ended.
+
+        Args:
+            abort: end them now.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        self.engine.unload_adapter(name, abort=abort)
+
+    def pin_adapter(self, name: str, *, pinned: bool = True) -> None:
+        """Let an adapter keep its place in memory and on the device, or no longer.
+
+        Raises:
+            AdapterError: there is none of that name, or no position would be left for others.
+        """
+        self.engine.pin_adapter(name, pinned=pinned)
+
+    def adapters(self) -> list[AdapterStatus]:
+        """The adapters that are known, and how each stands; [] when the engine serves none."""
+        return self.engine.adapters()
 
     def explain(self) -> Explanation:
         """What was chosen for every socket, what was refused and why, and where each setting is from."""
@@ -234,19 +313,34 @@ class LLM:
     ) -> Sequence[SamplingParams]:
         return _for_each(self._default_params if params is None else params, num_prompts, "SamplingParams")
 
+    def _adapter(self, wish: AdapterWish) -> Adapter | None:
+        """What a request is bound to: loaded first, where its name is not known yet."""
+        if wish is None:
+            return None
+        if isinstance(wish, LoRARequest):
+            name, path = wish.name, wish.path
+            known = self.engine.knows_adapter(name, path)  # of another path: refused
+            if wish.load_inplace or not known:
+                self.load_adapter(name, path, replace=known)
+        elif not self.engine.knows_adapter(name := wish):
+            self.load_adapter(name, self._assembly.finder.find(name))
+        return self.engine.adapter(name)
+
     def _add(
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         priorities: Sequence[int],
         tenants: Sequence[str | None],
+        wishes: Sequence[AdapterWish],
     ) -> list[RequestOutput]:
         """Check all prompts, then queue all of them."""
+        adapters = {wish: self._adapter(wish) for wish in dict.fromkeys(wishes)}
         checked = []
-        for prompt, each, priority, tenant in zip(prompts, params, priorities, tenants, strict=True):
+        for prompt, each, priority, tenant, wish in zip(prompts, params, priorities, tenants, wishes, strict=True):
             request_id = str(next(self._request_ids))
             text, token_ids = self._assembly.inputs.tokenize(prompt)
-            request = self._assembly.inputs.request(request_id, token_ids, each, priority=priority, tenant=tenant)
+            request = self._assembly.inputs.request(request_id, token_ids, each, priority=priority, tenant=tenant, adapter=adapters[wish])
             checked.append((request_id, text, each, request))
         outputs: list[RequestOutput] = []
         try:

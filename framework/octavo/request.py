@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from octavo.lora.adapter import Adapter
 from octavo.outputs import TokenLogprobs
 from octavo.sampling_params import SamplingParams
 
@@ -34,6 +35,7 @@ class Request:
         bad_words_token_ids: token sequences that may not be completed.
         siblings: requests with the same prompt that wait for this one to compute it, then share its blocks.
         chosen_outside: its samples are not kept; whoever added it chooses each token (a beam).
+        adapter: the LoRA adapter it is answered with; its siblings' too.
         num_computed_tokens: tokens whose step has been collected.
         num_in_flight_tokens: tokens in steps submitted and not yet collected.
         num_placeholder_tokens: output tokens those steps will sample, unknown until collected.
@@ -63,6 +65,7 @@ class Request:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     siblings: list[Request] = field(default_factory=list)
     chosen_outside: bool = False
+    adapter: Adapter | None = None
 
     output_token_ids: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING

@@ -11,6 +11,7 @@ from octavo.beam_search.selection import Beam, BeamSelection, FinishedBeam
 from octavo.engine.engine import Engine, EngineOutput
 from octavo.errors import RequestError
 from octavo.input_processor import InputProcessor
+from octavo.lora.adapter import Adapter
 from octavo.logprob_texts import LogprobTexts
 from octavo.outputs import TokenLogprobs
 from octavo.request import Request
@@ -34,6 +35,7 @@ class BeamSearch:
         request_id: str,
         prompt_token_ids: list[int],
         params: BeamSearchParams,
+        adapter: Adapter | None = None,
     ) -> None:
         most = engine.scheduler.max_num_seqs
         if params.beam_width > most:
@@ -46,7 +48,7 @@ class BeamSearch:
         sampling = SamplingParams(
             temperature=0.0, max_tokens=params.max_tokens, ignore_eos=params.ignore_eos, logprobs=0, detokenize=False
         )
-        request = inputs.request(request_id, prompt_token_ids, sampling)
+        request = inputs.request(request_id, prompt_token_ids, sampling, adapter=adapter)
         self._selection = BeamSelection(
             beam_width=params.beam_width,
             max_tokens=request.max_total_tokens - len(request.prompt_token_ids),

@@ -124,7 +124,7 @@ def _byte_rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     yield row("weights", plan.weight_bytes, f"{plan.sizes.bits_per_weight:.2f} bits a weight{on_disk}")
     yield row("rotary tables", plan.rotary_bytes, f"{plan.max_model_len:,} positions")
     if plan.max_loras:
-        yield row("adapters", plan.adapter_bytes, f"{plan.max_loras} of rank {plan.config.max_lora_rank}")
+        yield row("adapters", plan.adapter_bytes, f"{plan.max_loras} of rank {plan.max_lora_rank}")
     if plan.activation_bytes:
         yield row("activations", plan.activation_bytes, "estimated; an engine measures them")
     yield row("KV budget", plan.kv_cache_budget, plan.kv_cache_rule)

@@ -49,3 +49,14 @@ class AdapterStatus:
     num_requests: int
     num_hits: int
     pinned: bool
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Adapter:
+    """One version of an adapter in the engine: what requests are bound to."""
+
+    name: str
+    path: str
+    adapter_id: int
+    info: AdapterInfo | None = None
+    position: int | None = None

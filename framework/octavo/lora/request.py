@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.errors import RequestError
@@ -41,3 +42,35 @@ class LoRARequest:
     @property
     def path(self) -> str:
         return self.lora_path
+
+
+AdapterWish = LoRARequest | str | None
+"""The adapter a prompt is to be answered with: by request, by the name of one that is known or can be found, or none."""
+
+
+def adapter_wishes(
+    lora_request: LoRARequest | Sequence[LoRARequest | None] | None,
+    adapter: str | Sequence[str | None] | None,
+    num_prompts: int,
+) -> list[AdapterWish]:
+    """One wish for each prompt, whichever way the caller said it.
+
+    Raises:
+        RequestError: both ways at once, another number of them than of prompts, or what is neither.
+    """
+    if lora_request is not None and adapter is not None:
+        raise RequestError("An adapter is named by lora_request or by adapter, not by both.")
+    said = lora_request if adapter is None else adapter
+    if said is None or isinstance(said, (str, LoRARequest)):
+        wishes: list[AdapterWish] = [said] * num_prompts
+    elif isinstance(said, Sequence):
+        wishes = list(said)
+    else:
+        raise RequestError(f"An adapter is a name or a LoRARequest, one for all prompts or one each; found {said!r}.")
+    wanted = LoRARequest if adapter is None else str
+    if wrong := [wish for wish in wishes if wish is not None and not isinstance(wish, wanted)]:
+        name = "lora_request is a LoRARequest" if adapter is None else "adapter is a name"
+        raise RequestError(f"{name}, or None for the model as it is; found {wrong[0]!r}.")
+    if len(wishes) != num_prompts:
+        raise RequestError(f"{num_prompts} prompts came with {len(wishes)} adapters; give one, or one for each.")
+    return wishes

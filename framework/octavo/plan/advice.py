@@ -134,6 +134,8 @@ def _fewer_adapters(plan: Plan, goal: Goal) -> Found:
     most = _first(0, plan.max_loras, lambda number: not goal(replace(plan, max_loras=number))) - 1
     if not 0 <= most < plan.max_loras:
         return None
+    if not most:
+        return "enable_lora", most, "Turn enable_lora off.", replace(plan, max_loras=0)
     return "max_loras", most, f"Lower max_loras to at most {most}.", replace(plan, max_loras=most)
 
 

@@ -62,6 +62,10 @@ class Plan:
     advice: tuple[Advice, ...] = ()
 
     @property
+    def max_lora_rank(self) -> int:
+        return self.config.max_lora_rank
+
+    @property
     def num_ranks(self) -> int:
         return self.sizes.num_ranks
 

@@ -143,9 +143,7 @@ class Sizer:
             remarks=tuple(self._remarks(num_ranks)),
         )
 
-    def _build(
-        self, num_ranks: int
-    ) -> tuple[ModelArchitecture, DeviceLayerFactory, WeightLoader, LoraBackend | None]:
+    def _build(self, num_ranks: int) -> tuple[ModelArchitecture, DeviceLayerFactory, WeightLoader, LoraBackend | None]:
         selection, loader = self._selection, WeightLoader()
         limits = lora_limits(selection.config, selection.dtype, selection.device)
         lora: LoraBackend | None = None if self._lora is None else self._lora.build(limits)
