@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from octavo.lora.adapter import Adapter
+from octavo.lora.adapter import Adapter
 from octavo.outputs import TokenLogprobs
 from octavo.sampling_params import SamplingParams
 
@@ -35,6 +36,8 @@ class Request:
         bad_words_token_ids: token sequences that may not be completed.
         siblings: requests with the same prompt that wait for this one to compute it, then share its blocks.
         chosen_outside: its samples are not kept; whoever added it chooses each token (a beam).
+        adapter: the version of a LoRA adapter it is answered with; its siblings and forks have the same.
+        stop_reason: the user's token that ended it; of finish_reason "error" a sentence that says why.
         adapter: the LoRA adapter it is answered with; its siblings' too.
         num_computed_tokens: tokens whose step has been collected.
         num_in_flight_tokens: tokens in steps submitted and not yet collected.
@@ -45,6 +48,8 @@ class Request:
         block_ids: its blocks, in order of position; one block may belong to several requests.
         num_sent_blocks: its leading blocks that the runner knows of.
         block_hashes: hash chain of its full blocks, extended as tokens become known.
+        hashed_adapter: content hash of the adapter that `block_hashes` are made with.
+        holds_adapter: it has started, and keeps its adapter in memory until it ends.
         num_registered_blocks: its leading blocks already offered to, or taken from, the prefix cache.
         last_step_id: the last step with a row of this request.
         epoch: how often it was preempted; a step in flight from an earlier epoch is dropped.
@@ -70,7 +75,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     num_placeholder_tokens: int = 0
@@ -81,6 +86,8 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     num_sent_blocks: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
+    hashed_adapter: str | None = None
+    holds_adapter: bool = False
     num_registered_blocks: int = 0
     last_step_id: int = -1
     epoch: int = 0
