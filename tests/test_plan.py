@@ -11,6 +11,7 @@ import pytest
 import torch
 from affine_plugin import install_affine_plugin
 from llama_configs import LLAMA_3_8B, LLAMA_3_70B, write_config
+from lora_plugin import install_lora_plugin
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -365,11 +366,21 @@ def test_packed_weights_count_as_their_linear_kernel_keeps_them(
         (16, (4096 + 256) + 2 * (4096 + 128) + (256 + 4096) + 2 * (4096 + 896) + (896 + 4096)),
     ],
 )
-def test_adapters_take_the_room_of_both_their_matrices(num_ranks: int, features: int, tmp_path: Path) -> None:
-    model = write_config(tmp_path, LLAMA_3_8B)
-    config = EngineConfig(model=model, device="cuda", tensor_parallel_size=num_ranks)
-    plain = make_plan(config, memory_bytes=24 * GIB)
-    plan = make_plan(config, memory_bytes=24 * GIB, max_loras=3, max_lora_rank=64)
+def test_adapters_take_what_their_backend_says(
+    num_ranks: int, features: int, site_packages: Any, tmp_path: Path
+) -> None:
+    install_lora_plugin(site_packages)
+    settings: dict[str, Any] = {
+        "model": write_config(tmp_path, LLAMA_3_8B),
+        "device": "cuda",
+        "tensor_parallel_size": num_ranks,
+        "max_loras": 3,
+        "max_lora_rank": 64,
+        "lora": "counted",
+    }
+    plain = make_plan(EngineConfig(**settings), memory_bytes=24 * GIB)
+    plan = make_plan(EngineConfig(**settings, enable_lora=True), memory_bytes=24 * GIB)
+    assert plain.adapter_bytes == 0
     assert plan.adapter_bytes == 3 * 32 * 64 * features * 2
     assert plan.kv_cache_budget == plain.kv_cache_budget - plan.adapter_bytes
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from llama_configs import LLAMA_3_8B, LLAMA_3_70B, write_config
+from lora_plugin import install_lora_plugin
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
@@ -15,6 +16,7 @@ from octavo.plan import Advice, Plan, make_plan
 
 GIB = 2**30
 LONG_8B = {**LLAMA_3_8B, "max_position_embeddings": 131072}
+LORA = {"enable_lora": True, "lora": "counted"}
 BLOCK = 16 * 131072  # bytes of a KV block of Llama-3-8B
 
 # config.json, what is asked for, and the settings that are advised
@@ -71,7 +73,7 @@ MISFITS: dict[str, tuple[Mapping[str, Any], dict[str, Any], set[str]]] = {
     ),
     "too many adapters": (
         LLAMA_3_8B,
-        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8192, "enable_lora": True, "max_loras": 100, "max_lora_rank": 64},
+        {"memory": 24 * GIB, "device": "cuda", "max_model_len": 8192, "max_loras": 100, "max_lora_rank": 64, **LORA},
         {"tensor_parallel_size", "max_loras", "memory"},
     ),
 }
@@ -99,7 +101,8 @@ def steps_less(advice: Advice, asked: dict[str, Any]) -> list[int | float]:
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_each_advice_is_enough_and_a_step_less_is_not(case: str, tmp_path: Path) -> None:
+def test_each_advice_is_enough_and_a_step_less_is_not(case: str, site_packages: Any, tmp_path: Path) -> None:
+    install_lora_plugin(site_packages)
     config, asked, settings = MISFITS[case]
     model = write_config(tmp_path, config)
     plan = plan_of(model, asked)
@@ -174,7 +177,8 @@ def test_advice_to_use_more_devices_says_when_no_executor_can(tmp_path: Path) ->
     )
 
 
-def test_faults_have_their_numbers(tmp_path: Path) -> None:
+def test_faults_have_their_numbers(site_packages: Any, tmp_path: Path) -> None:
+    install_lora_plugin(site_packages)
     model = write_config(tmp_path, LLAMA_3_8B)
     static = 16_060_522_496 + 4_194_304 + 256 * 128256 * 32  # weights, rotary tables, activations
     assert plan_of(model, {"memory": 10**10, "device": "cuda"}).faults == (
@@ -182,7 +186,7 @@ def test_faults_have_their_numbers(tmp_path: Path) -> None:
         "free.",
     )
     assert (
-        plan_of(model, {"memory": 10**10, "device": "cpu", "dtype": "bfloat16", "max_loras": 1})
+        plan_of(model, {"memory": 10**10, "device": "cpu", "dtype": "bfloat16", "max_loras": 1, **LORA})
         .faults[0]
         .startswith("Weights, rotary tables and adapters take ")
     )

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from llama_configs import LLAMA_3_8B, write_config
+from lora_plugin import install_lora_plugin
 
 from octavo.cli import main
 from octavo.cli.plan import parse_bytes
+
+LORA = ("--enable-lora", "--lora", "counted", "--max-loras")
 
 
 @pytest.fixture
@@ -87,10 +90,11 @@ def test_table_of_a_model_that_fits(model: str, capsys: pytest.CaptureFixture[st
     ]
 
 
-def test_bytes_of_all_devices_stand_beside_those_of_each(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, out = octavo(
-        capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "8", "--enable-lora", "--max-loras", "2"
-    )
+def test_bytes_of_all_devices_stand_beside_those_of_each(
+    model: str, site_packages: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_lora_plugin(site_packages)
+    _, out = octavo(capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "8", *LORA, "2")
     assert "on 8 cuda devices" in out
     rows = {line.split("  ")[1]: line.split() for line in out.splitlines() if line.startswith("  ")}
     for label, name in (("weights", "weight_bytes"), ("adapters", "adapter_bytes"), ("KV cache", "kv_cache_bytes")):
@@ -140,10 +144,11 @@ def test_a_length_that_is_cut_short_is_status_0_with_what_would_serve_it(
     assert "It fits.\nFor requests of up to 131,072 tokens, any of these does:\n  - Raise tensor_parallel_size" in out
 
 
-def test_json_is_one_object_with_every_number(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = as_json(
-        capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "2", "--enable-lora", "--max-loras", "1"
-    )
+def test_json_is_one_object_with_every_number(
+    model: str, site_packages: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_lora_plugin(site_packages)
+    found = as_json(capsys, model, "--device", "cuda", "--memory", "24GiB", "--tensor-parallel-size", "2", *LORA, "1")
     assert found["weight_bytes_of_all_ranks"] == 2 * found["weight_bytes"]
     assert (found["fits"], found["faults"], found["advice"]) == (True, [], [])
     assert found["memory"] == {"free_bytes": 24 * 2**30, "total_bytes": 24 * 2**30}
