@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "selection": (("selection",), ("data", "specs", "interfaces", "plugins", "sources", "runner")),
     "plan": (("plan",), ("data", "specs", "interfaces", "plugins", "sources", "nn", "runner", "selection")),
     "assembly": (
-        ("assemble",),
+        ("assemble", "adapter_finder"),
         (
             *("data", "specs", "interfaces", "plugins", "text", "sources", "runner"),
             *("block_pool", "scheduler", "engine", "processors", "selection"),

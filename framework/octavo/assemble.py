@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from octavo.adapter_finder import AdapterFinder
 from octavo.config import EngineConfig
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.engine import Engine
@@ -29,6 +31,7 @@ class Assembly:
     """A running engine and what stands around it."""
 
     engine: Engine
+    finder: AdapterFinder
     tokenizer: Tokenizer
     inputs: InputProcessor
     outputs: OutputProcessor
@@ -59,6 +62,7 @@ def assemble(config: EngineConfig) -> Assembly:
         )
         assembly = Assembly(
             engine=Engine(scheduler, executor, selection.max_steps_in_flight, failures),
+            finder=AdapterFinder.of(manifest),
             tokenizer=tokenizer,
             inputs=InputProcessor(
                 tokenizer, selection.files.model_config, max_model_len, config.seed, config.max_logprobs
@@ -69,11 +73,21 @@ def assemble(config: EngineConfig) -> Assembly:
             manifest=manifest,
             report=report,
         )
+        _load_adapters(assembly.engine, config.lora_modules)
     except BaseException:
         executor.stop()
         raise
     _log_start(manifest, report, time.monotonic() - start)
     return assembly
+
+
+def _load_adapters(engine: Engine, paths: Mapping[str, str]) -> None:
+    """Those that the settings name, before the first request."""
+    loading = [engine.load_adapter(name, path) for name, path in paths.items()]
+    while not all(one.done() for one in loading):
+        engine.step()
+    for one in loading:
+        one.result()
 
 
 def _tokenizer_source(selection: Selection) -> Checkpoint:

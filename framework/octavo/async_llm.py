@@ -9,16 +9,19 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from octavo.assemble import assemble
 from octavo.errors import EngineDeadError, RequestError
 from octavo.explanation import Explanation, explain_selection
 from octavo.input_processor import Prompt, default_sampling_params
+from octavo.lora.adapter import AdapterStatus
+from octavo.lora.request import AdapterWish, LoRARequest, adapter_wishes
 from octavo.output_processor import snapshot
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -26,6 +29,7 @@ from octavo.settings import Settings, as_settings
 from octavo.tokenizer import Tokenizer
 
 _Answer = RequestOutput | BaseException
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +72,8 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        lora_request: LoRARequest | None = None,
+        adapter: str | None = None,
         priority: int = 0,
         tenant: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
@@ -76,17 +82,20 @@ class AsyncLLM:
         Closing the stream, or cancelling the task that reads it, aborts the request.
 
         Args:
+            lora_request, adapter: the LoRA adapter to answer with, as in `LLM.generate`.
             priority, tenant: for the scheduler policy, as in `LLM.generate`.
 
         Raises:
             RequestError: the prompt or its parameters cannot be served, or the id is in use.
+            AdapterError: the adapter is not known or cannot be served.
             EngineDeadError: the engine stopped; the cause is chained.
         """
         params = sampling_params if sampling_params is not None else self._default_params
         name = request_id if request_id is not None else f"request-{next(self._request_ids)}"
         text, token_ids = self._assembly.inputs.tokenize(prompt)
+        adapter_name = await self._adapter_name(*adapter_wishes(lora_request, adapter, 1))
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        self._command(lambda: self._add(name, text, token_ids, params, priority, tenant, stream))
+        self._command(lambda: self._add(name, text, token_ids, params, priority, tenant, adapter_name, stream))
         ended = False
         try:
             while not ended:
@@ -103,6 +112,38 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request; its stream yields a last output with finish_reason "abort". Unknown ids are no error."""
         self._command(lambda: self._abort(request_id))
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> AdapterStatus:
+        """Read a LoRA adapter while requests run, as `LLM.load_adapter`.
+
+        Raises:
+            AdapterError: it cannot be served, or the name is another's; says why.
+            ConfigError: the engine serves no adapters.
+        """
+        engine = self._assembly.engine
+        loading = await self._ask(lambda: engine.load_adapter(name, path, replace=replace))
+        await asyncio.shield(asyncio.wrap_future(loading))
+        return next(status for status in await self.adapters() if status.name == name)
+
+    async def unload_adapter(self, name: str, *, abort: bool = False) -> None:
+        """Forget an adapter; return when its requests have ended and its memory is free.
+
+        Args:
+            abort: end them now.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        unloading = await self._ask(lambda: self._assembly.engine.unload_adapter(name, abort=abort))
+        await asyncio.shield(asyncio.wrap_future(unloading))
+
+    async def pin_adapter(self, name: str, *, pinned: bool = True) -> None:
+        """Let an adapter keep its place, or no longer, as `LLM.pin_adapter`."""
+        await self._ask(lambda: self._assembly.engine.pin_adapter(name, pinned=pinned))
+
+    async def adapters(self) -> list[AdapterStatus]:
+        """The adapters that are known, and how each stands; [] when the engine serves none."""
+        return await self._ask(self._assembly.engine.adapters)
 
     def explain(self) -> Explanation:
         """What was chosen for every socket, what was refused and why, and where each setting is from."""
@@ -138,6 +179,33 @@ class AsyncLLM:
     def _default_params(self) -> SamplingParams:
         recommended = self._assembly.selection.files.checkpoint.generation_config()
         return default_sampling_params(self.config.generation_config, recommended)
+
+    async def _adapter_name(self, wish: AdapterWish) -> str | None:
+        """Of an adapter that is known: loaded first, where it was not."""
+        if wish is None:
+            return None
+        engine = self._assembly.engine
+        if isinstance(wish, LoRARequest):
+            known = engine.knows_adapter(wish.name, wish.path)  # of another path: refused
+            if wish.load_inplace or not known:
+                await self.load_adapter(wish.name, wish.path, replace=known)
+            return wish.name
+        if not engine.knows_adapter(wish):
+            await self.load_adapter(wish, await asyncio.to_thread(self._assembly.finder.find, wish))
+        return wish
+
+    async def _ask(self, call: Callable[[], _T]) -> _T:
+        """What a call gives that is made on the engine's thread, between two steps."""
+        answer: Future[_T] = Future()
+
+        def command() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # whatever it is, it is the asker's
+                answer.set_exception(error)
+
+        self._command(command)
+        return await asyncio.wrap_future(answer)
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
@@ -182,13 +250,17 @@ class AsyncLLM:
         params: SamplingParams,
         priority: int,
         tenant: str | None,
+        adapter_name: str | None,
         stream: _Stream,
     ) -> None:
         output = None
         try:
             if request_id in self._open:
                 raise RequestError(f"Request id {request_id!r} is in use; ids must be unique while they run.")
-            request = self._assembly.inputs.request(request_id, token_ids, params, priority=priority, tenant=tenant)
+            adapter = None if adapter_name is None else self._assembly.engine.adapter(adapter_name)
+            request = self._assembly.inputs.request(
+                request_id, token_ids, params, priority=priority, tenant=tenant, adapter=adapter
+            )
             output = self._assembly.outputs.add(
                 request_id, text, request.prompt_token_ids, params, request.arrival_time
             )

@@ -11,8 +11,8 @@ from octavo.beam_search.selection import Beam, BeamSelection, FinishedBeam
 from octavo.engine.engine import Engine, EngineOutput
 from octavo.errors import RequestError
 from octavo.input_processor import InputProcessor
-from octavo.lora.adapter import Adapter
 from octavo.logprob_texts import LogprobTexts
+from octavo.lora.adapter import Adapter
 from octavo.outputs import TokenLogprobs
 from octavo.request import Request
 from octavo.sampling_params import SamplingParams
