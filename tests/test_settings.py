@@ -27,12 +27,14 @@ def by_flags(tree: Tree, *more: str) -> Settings:
     words = [*more]
     for name, value in tree.items():
         option = f"--{name.replace('_', '-')}"
-        if isinstance(value, dict):
+        if name == "lora_modules":
+            words += [option, *(f"{one}={path}" for one, path in value.items())]
+        elif isinstance(value, dict):
             words += flags_of_component(option, value)
         elif isinstance(value, bool):
             words.append(option if value else option.replace("--", "--no-"))
         else:
-            words.append(f"{option}={value}")
+            words.append(f"{option}={json.dumps(value) if isinstance(value, list) else value}")
     parser = argparse.ArgumentParser()
     add_engine_options(parser)
     rest, options = split_component_options(words)
@@ -67,13 +69,15 @@ def variables(prefix: str, tree: Mapping[str, Any], separator: str = "_") -> lis
     found = []
     for key, value in tree.items():
         name = f"{prefix}{separator}{key.upper()}"
-        nested = isinstance(value, dict) and (separator == "_" or key in ("prefill", "decode"))
+        nested = isinstance(value, dict) and key != "lora_modules"
+        nested = nested and (separator == "_" or key in ("prefill", "decode"))
         if nested:
             found += variables(name, value, "__")
         elif prefix == "OCTAVO_PLUGINS" and not isinstance(value, bool):
             found.append((name, ",".join(value)))
         else:
-            found.append((name, str(value) if separator == "_" else json.dumps(value)))
+            is_word = separator == "_" and not isinstance(value, (list, dict))
+            found.append((name, str(value) if is_word else json.dumps(value)))
     return found
 
 
@@ -107,11 +111,27 @@ trees = st.fixed_dictionaries(
     },
 )
 
+paths = st.from_regex(r"/?[a-z]{1,3}[/= ,.-][a-z]{1,3}", fullmatch=True)
+trees_with_adapters = st.fixed_dictionaries(
+    {"enable_lora": st.just(True)},
+    optional={
+        "max_loras": st.integers(1, 99),
+        "max_lora_rank": st.integers(1, 512),
+        "max_cpu_loras": st.integers(99, 999),
+        "lora_modules_to_save": st.booleans(),
+        "lora_modules": st.dictionaries(names, paths, min_size=1, max_size=3),
+        "lora_root": paths,
+        "lora": components,
+        "adapter_resolvers": st.lists(st.one_of(names, components), max_size=2),
+        "logits_rules": st.lists(st.one_of(names, components), max_size=2),
+    },
+)
+
 
 # ------------------------------------------------------------------------------------------------ three equal ways
 
 
-@given(tree=trees)
+@given(tree=st.one_of(trees, trees_with_adapters))
 def test_arguments_flags_file_and_environment_make_one_configuration(
     tree: Tree, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -146,6 +166,40 @@ def test_names_in_a_file_may_be_written_with_dashes(tmp_path: Path) -> None:
 def test_keys_of_an_option_that_is_itself_a_mapping_are_left_as_they_are() -> None:
     tree = {"scheduler": {"name": "fair", "tenant_weights": {"team-a": 2.0}}}
     assert read_settings(tree, None, {}).config.scheduler.options == {"tenant_weights": {"team-a": 2.0}}
+
+
+def test_adapters_may_be_given_in_several_flags_and_as_vllm_s_json(tmp_path: Path) -> None:
+    more = ["--lora-modules", "a=/x", '{"name": "b", "path": "org/y"}', "--lora-modules", "c=z=1"]
+    config = by_flags({"enable_lora": True}, *more).config
+    assert config.lora_modules == {"a": "/x", "b": "org/y", "c": "z=1"}
+
+
+def test_adapters_in_a_variable_are_words_as_in_flags() -> None:
+    settings = read_settings({}, None, {"OCTAVO_ENABLE_LORA": "1", "OCTAVO_LORA_MODULES": "a=/x  b=org/y"})
+    assert settings.config.lora_modules == {"a": "/x", "b": "org/y"}
+    assert str(settings.source("lora_modules")) == "environment OCTAVO_LORA_MODULES"
+
+
+def test_adapters_in_a_file_may_be_listed(tmp_path: Path) -> None:
+    modules = ["a=/x", {"name": "b", "path": "org/y"}]
+    assert by_file({"enable_lora": True, "lora_modules": modules}, tmp_path).config.lora_modules == {
+        "a": "/x",
+        "b": "org/y",
+    }
+
+
+def test_a_variable_for_one_adapter_of_several_is_refused() -> None:
+    with pytest.raises(ConfigError, match="OCTAVO_LORA_MODULES__A is no setting: give OCTAVO_LORA_MODULES as a whole"):
+        read_settings({}, None, {"OCTAVO_ENABLE_LORA": "1", "OCTAVO_LORA_MODULES__A": "/x"})
+
+
+def test_a_word_after_the_adapters_that_is_none_is_named_with_the_flag() -> None:
+    with pytest.raises(ConfigError, match=r"\(flag --lora-modules\): 'demo' names no adapter: write name=path"):
+        by_flags({"enable_lora": True}, "--lora-modules", "a=/x", "demo")
+
+
+def test_a_path_that_looks_like_a_list_is_a_path() -> None:
+    assert by_flags({"enable_lora": True, "lora_root": "[mine]"}).config.lora_root == "[mine]"
 
 
 # ------------------------------------------------------------------------------------------------------ precedence

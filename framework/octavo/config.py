@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -183,11 +184,26 @@ class EngineConfig(BaseModel):
             raise ValueError(f"{' and '.join(asked)} was given, but no adapters are served: set enable_lora=True.")
         return self
 
+    @field_validator("lora_modules", mode="before")
+    @classmethod
+    def _adapters_by_name(cls, value: object) -> object:
+        """Also "sql=path" as in a flag, {"name": "sql", "path": ...} as vLLM has it, and a list of these."""
+        words = value.split() if isinstance(value, str) else value
+        if not isinstance(words, (list, tuple)):
+            return value
+        named = [_named_path(word) for word in words]
+        twice = sorted({name for name, _ in named if [other for other, _ in named].count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is given twice; adapters have names of their own.")
+        return dict(named)
+
     @field_validator("logits_rules", "adapter_resolvers", mode="before")
     @classmethod
     def _names_are_short_for_components(cls, value: object) -> object:
         if isinstance(value, str):
             value = [word.strip() for word in value.split(",") if word.strip()]
+        if isinstance(value, Mapping):
+            value = [value]
         return [_component(one) for one in value] if isinstance(value, (list, tuple)) else value
 
     @field_validator(
@@ -208,6 +224,19 @@ class EngineConfig(BaseModel):
 
 def _component(value: object) -> object:
     return {"name": value} if isinstance(value, str) else value
+
+
+def _named_path(word: object) -> tuple[str, str]:
+    """An adapter's name and path from "name=path", a mapping of both, or that mapping as JSON."""
+    if isinstance(word, str) and not word.startswith("{"):
+        name, _, path = word.partition("=")
+        found: object = {"name": name, "path": path}
+    else:
+        found = json.loads(word) if isinstance(word, str) else word  # its error is a ValueError that says where
+    match found:
+        case {"name": str(name), "path": str(path), **others} if name and path and not others:
+            return name, path
+    raise ValueError(f'{word!r} names no adapter: write name=path, or {{"name": ..., "path": ...}} with no other keys.')
 
 
 def _fault(fault: Any, sources: Mapping[str, str]) -> str:

@@ -12,7 +12,23 @@ from octavo.plugins.registry import Registry
 from octavo.plugins.specs import Spec
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
-KINDS = ("attention", "quantization", "linear_kernel", "kernels", "scheduler", "executor", "proposer")
+KINDS = ("attention", "quantization", "linear_kernel", "kernels", "scheduler", "executor", "proposer", "lora")
+
+_LISTED_ADAPTERS: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "anyOf": [
+            {"type": "string", "pattern": "^[^={][^=]*=."},
+            {
+                "type": "object",
+                "properties": {key: {"type": "string", "minLength": 1} for key in ("name", "path")},
+                "required": ["name", "path"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+}
+"""The setting lora_modules as a list of "name=path" or {"name": ..., "path": ...}."""
 
 
 def check_components(registry: Registry, config: EngineConfig) -> None:
@@ -60,8 +76,12 @@ def config_schema(registry: Registry) -> dict[str, Any]:
             definitions["attention_side"] = {"anyOf": components}
             components += _with_sides(registry, definitions)
         schema["properties"][kind] = {**described, "anyOf": components}
-    rules = list(_component_schemas(registry, "logits_rule", definitions, set()))
-    schema["properties"]["logits_rules"] |= {"items": {"anyOf": rules}}
+    by_name = schema["properties"]["lora_modules"]
+    described = {key: by_name.pop(key) for key in ("description", "title") if key in by_name}
+    schema["properties"]["lora_modules"] = {**described, "anyOf": [by_name, _LISTED_ADAPTERS]}
+    for kind in ("logits_rule", "adapter_resolver"):
+        several = list(_component_schemas(registry, kind, definitions, set()))
+        schema["properties"][f"{kind}s"] |= {"items": {"anyOf": several}}
     return schema
 
 
@@ -113,3 +133,6 @@ def _wishes(config: EngineConfig) -> Iterator[tuple[str, ComponentConfig]]:
         yield "proposer", config.proposer
     for rule in config.logits_rules:
         yield "logits_rule", rule
+    yield "lora", config.lora
+    for resolver in config.adapter_resolvers:
+        yield "adapter_resolver", resolver

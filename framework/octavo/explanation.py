@@ -24,9 +24,10 @@ from octavo.settings import AUTO, DEFAULT, Settings, Source, as_settings
 SOCKETS = (
     *("checkpoint", "model", "quantization", "quantization.plain", "linear_kernel"),
     *("attention.prefill", "attention.decode", "kernels"),
-    *("scheduler", "executor", "proposer", "logits_rules"),
+    *("scheduler", "executor", "proposer", "logits_rules", "lora", "adapter_resolvers"),
 )
-"""In the order they are shown; the proposer only when one was asked for, plain linears only where others do them."""
+"""In the order they are shown; the proposer only when one was asked for, plain linears only where others do them,
+what serves adapters only where it is enabled."""
 
 
 _WIDEST = 40
@@ -154,6 +155,8 @@ def explain_selection(selection: Selection, settings: Settings) -> Explanation:
 
 def _sockets(selection: Selection, serving_kernels: Set[str | None]) -> Iterator[ExplainedSocket]:
     choices: dict[str, Choice | Choices] = {**selection.choices, "logits_rules": selection.logits_rules}
+    if selection.config.enable_lora:
+        choices["adapter_resolvers"] = selection.adapter_resolvers
     if (kernels := selection.linear_kernels).candidates:  # all that can serve were taken; chosen are those that do
         serving = (replace(one, chosen=one.full_name in serving_kernels) for one in kernels.candidates)
         choices["linear_kernel"] = replace(kernels, candidates=tuple(serving))
@@ -174,7 +177,7 @@ def _linears(selection: Selection) -> Iterator[ExplainedLinears]:
         return
     same: Counter[tuple[str, str]] = Counter()
     asked: dict[tuple[str, str], Mapping[str, Sequence[str]]] = {}
-    for part, reasons in Sizer(selection, max_lora_rank=0).linears():
+    for part, reasons in Sizer(selection).linears():
         first, *others = part.prefixes
         names = "+".join([first, *(other.rpartition(".")[2] for other in others)])
         kind = re.sub(r"\.\d+(?=\.)", ".*", names), str(part.facts)
@@ -214,6 +217,8 @@ def _wishes(selection: Selection) -> dict[str, str]:
         "executor": config.executor.name,
         "proposer": config.proposer.name,
         "logits_rules": ", ".join(wish.name for wish in config.logits_rules) or "auto",
+        "lora": config.lora.name,
+        "adapter_resolvers": ", ".join(wish.name for wish in config.adapter_resolvers) or "auto",
     }
 
 
@@ -238,7 +243,8 @@ def _candidate(one: Candidate, socket: str) -> ExplainedCandidate:
 def _effective(selection: Selection, settings: Settings) -> Iterator[EffectiveSetting]:
     """Every setting, "auto" replaced by what it came to; the components' own options after their component."""
     names = ("device", "dtype", "max_model_len", "max_steps_in_flight")
-    found = {name: getattr(selection, name) for name in names}
+    found = {name: getattr(selection, name) for name in names} | {"max_cpu_loras": selection.config.num_cpu_loras}
+    several = {"logits_rules": selection.logits_rules, "adapter_resolvers": selection.adapter_resolvers}
     components = _wishes(selection)
     for name in type(selection.config).model_fields:
         value: object = getattr(selection.config, name)
@@ -246,9 +252,9 @@ def _effective(selection: Selection, settings: Settings) -> Iterator[EffectiveSe
         if name == "plugins":
             for key, inner in selection.config.plugins.model_dump().items():
                 yield EffectiveSetting(name=f"{name}.{key}", value=inner, source=settings.source(f"{name}.{key}"))
-        elif name == "logits_rules":
-            rules = [component.full_name for component in selection.logits_rules.components]
-            yield EffectiveSetting(name=name, value=rules, source=source if selection.config.logits_rules else AUTO)
+        elif name in several:
+            chosen = [component.full_name for component in several[name].components]
+            yield EffectiveSetting(name=name, value=chosen, source=source if value or not chosen else AUTO)
         elif sockets := [socket for socket in components if socket.partition(".")[0] == name]:
             choices = [selection.choices.get(socket, NOTHING) for socket in sockets]
             if len(sockets) == 2 and choices[0].component == choices[1].component:
@@ -282,8 +288,8 @@ def _component_settings(socket: str, choice: Choice, settings: Settings) -> Iter
 
 
 def _noun(socket: str) -> str:
-    kind = "logits_rule" if socket == "logits_rules" else socket.partition(".")[0]
-    return SPEC_KINDS[kind].noun
+    kind = socket.partition(".")[0]
+    return SPEC_KINDS[kind if kind in SPEC_KINDS else kind.removesuffix("s")].noun
 
 
 def _lines(explanation: Explanation) -> Iterator[str]:
@@ -352,4 +358,6 @@ def _shown(value: object) -> str:
         return "-"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={one}" for key, one in value.items()) or "none"
     return str(value).lower() if isinstance(value, bool) else str(value)

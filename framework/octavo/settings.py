@@ -32,6 +32,11 @@ _COMPONENTS = tuple(
     for name, info in EngineConfig.model_fields.items()
     if isinstance(info.annotation, type) and issubclass(info.annotation, ComponentConfig)
 )
+_COLLECTIONS = tuple(
+    name
+    for name, info in EngineConfig.model_fields.items()
+    if isinstance(info.get_default(call_default_factory=True), (tuple, dict))
+)
 _SIDES = ("prefill", "decode")  # of attention: components within a component
 
 Keys = tuple[str, ...]
@@ -126,6 +131,11 @@ def parse_value(text: str) -> object:
     return text if value is None else value
 
 
+def parse_collection(name: str, text: str) -> object:
+    """A plain setting from a flag or a variable: the text, or where a list or mapping belongs, that read as in YAML."""
+    return parse_value(text) if name in _COLLECTIONS and text.startswith(("[", "{")) else text
+
+
 # ------------------------------------------------------------------------------------------------------ layers
 
 
@@ -171,7 +181,9 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[Keys, object
         if not variable.startswith(PREFIX) or path[0] not in EngineConfig.model_fields:
             _warn_of_misspelling(variable)
             continue
-        value = parse_value(text) if path[0] in _COMPONENTS else text
+        if len(path) > 1 and path[0] in _COLLECTIONS:
+            raise ConfigError(f"{variable} is no setting: give {PREFIX}{path[0].upper()} as a whole.")
+        value = parse_value(text) if path[0] in _COMPONENTS else parse_collection(path[0], text)
         for leaf, one in _leaves(_tree({path: value})):
             yield leaf, one, source
 

@@ -13,7 +13,7 @@ from octavo.config import ComponentConfig, EngineConfig, PluginsConfig
 from octavo.errors import ConfigError, PluginError
 from octavo.plugins.options import options_model
 from octavo.plugins.registry import Registry
-from octavo.settings import Settings, parse_value, read_settings
+from octavo.settings import Settings, parse_collection, parse_value, read_settings
 
 Tree = dict[str, Any]
 
@@ -36,11 +36,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(f"{option}.{key}", metavar="VALUE", help=_text(inner.description))
             continue
         shown = default.name if isinstance(default, ComponentConfig) else default
+        if isinstance(default, (tuple, dict)):
+            shown = "none"
         text = field.description if shown is None else f"{field.description} (default {shown})"
         if field.annotation is bool:
             group.add_argument(
                 option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_text(text)
             )
+        elif isinstance(default, dict):
+            words: Tree = {"nargs": "+", "action": "extend", "metavar": "NAME=VALUE"}
+            group.add_argument(option, default=argparse.SUPPRESS, help=_text(text), **words)
         else:
             group.add_argument(option, default=argparse.SUPPRESS, metavar="VALUE", help=_text(text))
         if isinstance(default, ComponentConfig):
@@ -113,6 +118,7 @@ def engine_settings(args: argparse.Namespace) -> Settings:
         ConfigError: unknown settings (the nearest name is given) and wrong values.
     """
     given: Tree = {name: getattr(args, name) for name in EngineConfig.model_fields if hasattr(args, name)}
+    given = {name: parse_collection(name, one) if isinstance(one, str) else one for name, one in given.items()}
     for name, options in args.component_options.items():
         named = given.get(name)
         given[name] = options if named is None else {"name": named, **options}

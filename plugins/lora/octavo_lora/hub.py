@@ -28,9 +28,9 @@ def adapter_folder(path: str) -> str:
         AdapterError: it is neither, or cannot be fetched; says why.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         return str(folder)
-    if folder.exists():
+    if path and folder.exists():
         raise AdapterError(f"{path} is a file; give the PEFT folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
     if is_hub_id(path):
         return download_adapter(path)

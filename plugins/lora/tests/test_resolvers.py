@@ -270,7 +270,10 @@ def test_an_id_that_an_operator_gives_needs_no_pattern(hub: FakeHub, tmp_path: P
     assert adapter_folder("org/adapter") == str(tmp_path / "org" / "adapter")
 
 
-@pytest.mark.parametrize(("path", "told"), [("/gone", "is no folder on this machine"), (__file__, "is a file; give")])
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("/gone", "is no folder on this machine"), ("", "is no folder on this machine"), (__file__, "is a file; give")],
+)
 def test_what_is_neither_folder_nor_id_is_refused(path: str, told: str) -> None:
     with pytest.raises(AdapterError, match=told):
         adapter_folder(path)
@@ -280,7 +283,10 @@ def test_what_is_neither_folder_nor_id_is_refused(path: str, told: str) -> None:
 
 
 def test_both_are_chosen_by_name_with_their_options(tree: Path) -> None:
-    wishes = [("filesystem", {"root": str(tree)}), ("hf", {"allowed": ["org/*"]})]
+    wishes: list[tuple[str, dict[str, object]]] = [
+        ("filesystem", {"root": str(tree)}),
+        ("hf", {"allowed": ["org/*"]}),
+    ]
     choices = default_registry().choose_several("adapter_resolver", Need(), lambda _: False, wishes)
     filesystem, hugging_face = (component.build() for component in choices.get())
     assert isinstance(filesystem, FilesystemResolver)
