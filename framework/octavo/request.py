@@ -6,7 +6,6 @@ import enum
 from dataclasses import dataclass, field
 
 from octavo.lora.adapter import Adapter
-from octavo.lora.adapter import Adapter
 from octavo.outputs import TokenLogprobs
 from octavo.sampling_params import SamplingParams
 
@@ -38,7 +37,6 @@ class Request:
         chosen_outside: its samples are not kept; whoever added it chooses each token (a beam).
         adapter: the version of a LoRA adapter it is answered with; its siblings and forks have the same.
         stop_reason: the user's token that ended it; of finish_reason "error" a sentence that says why.
-        adapter: the LoRA adapter it is answered with; its siblings' too.
         num_computed_tokens: tokens whose step has been collected.
         num_in_flight_tokens: tokens in steps submitted and not yet collected.
         num_placeholder_tokens: output tokens those steps will sample, unknown until collected.

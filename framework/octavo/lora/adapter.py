@@ -52,17 +52,6 @@ class AdapterStatus:
     pinned: bool
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class Adapter:
-    """One version of an adapter in the engine: what requests are bound to."""
-
-    name: str
-    path: str
-    adapter_id: int
-    info: AdapterInfo | None = None
-    position: int | None = None
-
-
 @dataclass(eq=False, kw_only=True, slots=True)
 class Adapter:
     """One version of an adapter in the engine: what a request is bound to. Loading other files under its name makes
