@@ -243,6 +243,32 @@ def test_plugins_as_json_is_one_list(site_packages: Any, capsys: pytest.CaptureF
     }
 
 
+# ------------------------------------------------------------------------------------------------- engine options
+
+
+def test_adapters_are_given_as_names_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--enable-lora", "--max-loras", "4", "--lora-modules", "sql=/x", '{"name": "law", "path": "org/law"}']
+    assert main(["config", "check", *flags]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[:-1]] == [
+        ["enable_lora", "flag", "--enable-lora"],
+        ["lora_modules", "flag", "--lora-modules"],
+        ["max_loras", "flag", "--max-loras"],
+    ]
+
+
+def test_adapters_without_lora_are_an_error_that_says_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "check", "--lora-root", "/adapters"]) == 1
+    assert "lora_root was given, but no adapters are served: set enable_lora=True." in capsys.readouterr().err
+
+
+def test_help_tells_of_several_values_and_of_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    assert "--lora-modules NAME=VALUE [NAME=VALUE ...]" in out
+    assert " ".join(out.split()).count("by name (default none)") == 1
+
+
 # ---------------------------------------------------------------------------------------------------- octavo env
 
 
