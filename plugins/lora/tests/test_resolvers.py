@@ -11,6 +11,8 @@ from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from octavo import explain
+from octavo.cli import main
 from octavo.errors import AdapterError, ConfigError, OctavoError
 from octavo.plugins.registry import default_registry
 from octavo.plugins.specs import Need
@@ -291,6 +293,22 @@ def test_both_are_chosen_by_name_with_their_options(tree: Path) -> None:
     filesystem, hugging_face = (component.build() for component in choices.get())
     assert isinstance(filesystem, FilesystemResolver)
     assert isinstance(hugging_face, HuggingFaceResolver)
+
+
+def test_the_setting_lora_root_is_asked_first(tree: Path) -> None:
+    hub = {"name": "hf", "allowed": ["org/*"]}
+    explanation = explain("demo", device="cpu", enable_lora=True, lora_root=str(tree), adapter_resolvers=[hub])
+    (setting,) = [one for one in explanation.settings if one.name == "adapter_resolvers"]
+    assert setting.value == ["lora/filesystem", "lora/hf"]
+    (socket,) = [one for one in explanation.sockets if one.name == "adapter_resolvers"]
+    assert [one.name for one in socket.candidates if one.chosen] == ["filesystem", "hf"]
+
+
+def test_options_of_a_resolver_can_be_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    flag = '{name: hf, allowed: ["our-org/*"]}'
+    assert main(["config", "check", "--enable-lora", "--adapter-resolvers", flag]) == 0
+    assert main(["config", "check", "--enable-lora", "--adapter-resolvers", flag.replace("allowed", "allow")]) == 1
+    assert "Did you mean 'allowed'?" in capsys.readouterr().err
 
 
 def test_a_root_must_be_named() -> None:
