@@ -120,38 +120,6 @@ TWO_PHASES = """
 """
 
 
-ADAPTERS = """
-    from octavo import AdapterResolverSpec, LoraSpec, hookimpl
-    OCTAVO_API = "1.0"
-
-    @hookimpl
-    def octavo_components():
-        return [
-            LoraSpec(name="abacus", summary="Adds beads", target="dummy_adapters.abacus:Abacus", priority=1000),
-            LoraSpec(name="prism", target="dummy_adapters.prism:Prism", devices=("crystal",)),
-            AdapterResolverSpec(
-                name="shelf",
-                summary="Looks on the shelf",
-                target="dummy_adapters.shelf:Shelf",
-                options="dummy_adapters.options:ShelfOptions",
-            ),
-        ]
-"""
-SHELF_OPTIONS = """
-from pydantic import BaseModel, ConfigDict, Field
-
-class ShelfOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    height: int = Field(default=3, ge=1)
-"""
-
-
-@pytest.fixture
-def adapters(site_packages: Any) -> None:
-    package = site_packages.install("adapters", ADAPTERS).parent
-    (package / "options.py").write_text(SHELF_OPTIONS)
-
-
 # ------------------------------------------------------------------------------------------------------ the sockets
 
 
@@ -275,43 +243,6 @@ def test_sides_of_attention_named_apart_are_told_apart(folder: Path) -> None:
     names = [one.name for one in explanation.settings if one.name.startswith("attention")]
     assert names in (["attention"], ["attention.prefill", "attention.decode"])
     assert next(one for one in explanation.sockets if one.name == "attention.prefill").asked_name == "torch"
-
-
-# -------------------------------------------------------------------------------------------------------- adapters
-
-
-def test_without_lora_nothing_is_said_of_what_serves_adapters(folder: Path, adapters: None) -> None:
-    explanation = explain(str(folder), device="cpu")
-    assert not {socket.name for socket in explanation.sockets} & {"lora", "adapter_resolvers"}
-    assert setting(explanation, "lora") == (None, "default")
-    assert setting(explanation, "adapter_resolvers") == ([], "default")
-
-
-def test_what_serves_adapters_is_explained_where_it_is_enabled(weightless: Path, adapters: None) -> None:
-    explanation = explain(str(weightless), device="cpu", enable_lora=True)
-    assert candidate(explanation, "lora", "abacus").chosen
-    assert candidate(explanation, "lora", "prism").reasons == ("runs on crystal; this engine runs on cpu",)
-    assert not candidate(explanation, "adapter_resolvers", "shelf").chosen
-    text = str(explanation)
-    assert "\nLoRA backend (lora)\n" in text
-    assert "\nadapter resolver (adapter_resolvers)\n" in text
-    assert setting(explanation, "lora") == ("adapters/abacus", "auto")
-    assert setting(explanation, "max_cpu_loras") == (32, "auto")
-
-
-def test_resolvers_are_explained_with_what_asked_for_them(folder: Path, adapters: None) -> None:
-    explanation = explain(str(folder), enable_lora=True, adapter_resolvers=["shelf"], lora_modules={"sql": "/x"})
-    assert candidate(explanation, "adapter_resolvers", "shelf").chosen
-    assert _socket(explanation, "adapter_resolvers").asked_name == "shelf"
-    assert setting(explanation, "adapter_resolvers") == (["adapters/shelf"], "argument")
-    assert any(line.split() == ["lora_modules", "sql=/x", "argument"] for line in str(explanation).splitlines())
-    assert json.loads(json.dumps(explanation.as_json()))["settings"]
-
-
-def test_a_resolver_that_is_not_there_is_explained(folder: Path, adapters: None) -> None:
-    explanation = explain(str(folder), enable_lora=True, adapter_resolvers=["shell"])
-    assert "Did you mean 'shelf'?" in _socket(explanation, "adapter_resolvers").error
-    assert not explanation.can_run
 
 
 # ------------------------------------------------------------------------------- what was installed a minute ago
@@ -438,24 +369,12 @@ CONFIGS: list[dict[str, Any]] = [
     {"proposer": {"name": "none", "model": "demo"}},
     {"logits_rules": ["penalties"]},
     {"logits_rules": ["no_such"]},
-    {"lora": "abacus"},
-    {"lora": {"name": "adapters/abacus"}},
-    {"lora": {"name": "abacus", "beads": 10}},
-    {"lora": "no_such"},
-    {"enable_lora": True, "lora_modules": {"sql": "path"}, "max_loras": 2},
-    {"enable_lora": True, "lora_modules": {"sql": 5}},
-    {"enable_lora": True, "lora_modules": ["sql=path", {"name": "law", "path": "org/law"}]},
-    {"enable_lora": True, "lora_modules": [{"name": "law"}]},
-    {"enable_lora": True, "lora_modules": ["sql"]},
-    {"enable_lora": True, "adapter_resolvers": ["shelf", {"name": "adapters/shelf", "height": 5}]},
-    {"enable_lora": True, "adapter_resolvers": [{"name": "shelf", "height": 0}]},
-    {"enable_lora": True, "adapter_resolvers": ["no_such"]},
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_the_schema_accepts_what_check_accepts(
-    lottery: None, adapters: None, config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lottery: None, config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "octavo.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
