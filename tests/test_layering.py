@@ -20,7 +20,10 @@ PLUGIN_PACKAGES = sorted(path.parent for path in ROOT.glob("plugins/*/octavo_*/_
 
 LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # layer: (its modules and packages, the layers below that it may import)
-    "data": (("errors", "_lazy", "sampling_params", "outputs", "request", "config", "model_config", "progress", "lora"), ()),
+    "data": (
+        ("errors", "_lazy", "sampling_params", "outputs", "request", "config", "model_config", "progress", "lora"),
+        (),
+    ),
     "packing": (("packing",), ()),
     "specs": (("plugins.specs", "plugins.hookspecs"), ("data",)),
     "interfaces": (("interfaces",), ("data", "specs")),
@@ -31,12 +34,13 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "nn": (("nn",), ("data", "specs", "interfaces")),
     "runner": (("runner",), ("data", "specs", "interfaces", "nn")),
     "block_pool": (("engine.block_pool",), ("data",)),
+    "adapters": (("engine.adapters", "engine.adapter_loader"), ("data", "interfaces")),
     "scheduler": (
         ("engine.scheduler", "engine.kv_waste", "engine.prefix_cache", "engine.waiting_queue"),
-        ("data", "interfaces", "block_pool"),
+        ("data", "interfaces", "block_pool", "adapters"),
     ),
     # not the runner: the engine reaches it through an Executor
-    "engine": (("engine",), ("data", "interfaces", "block_pool", "scheduler")),
+    "engine": (("engine",), ("data", "interfaces", "block_pool", "adapters", "scheduler")),
     "processors": (("input_processor", "output_processor"), ("data", "text", "engine")),
     "beam_search": (("beam_search",), ("data", "text", "engine", "processors")),
     "selection": (("selection",), ("data", "specs", "interfaces", "plugins", "sources", "runner")),
@@ -45,7 +49,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("assemble", "adapter_finder"),
         (
             *("data", "specs", "interfaces", "plugins", "text", "sources", "runner"),
-            *("block_pool", "scheduler", "engine", "processors", "selection"),
+            *("block_pool", "adapters", "scheduler", "engine", "processors", "selection"),
         ),
     ),
     "explanation": (
@@ -90,7 +94,7 @@ PUBLISHED = (
 )
 """What a plugin may import, beside the names of `octavo` itself."""
 
-WITHOUT_TORCH = ("engine.scheduler", "engine.block_pool", "request", "config")
+WITHOUT_TORCH = ("engine.scheduler", "engine.block_pool", "engine.adapters", "request", "config")
 
 HEAVY = ("numpy", "torch", "triton", "transformers", "peft", "fastapi", "pydantic")
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from octavo.beam_search.data import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
 from octavo.beam_search.selection import Beam, BeamSelection, FinishedBeam
 from octavo.engine.engine import Engine, EngineOutput
-from octavo.errors import RequestError
+from octavo.errors import AdapterError, RequestError
 from octavo.input_processor import InputProcessor
 from octavo.logprob_texts import LogprobTexts
 from octavo.lora.adapter import Adapter
@@ -73,9 +73,15 @@ class BeamSearch:
         self._running = {request.request_id: self._selection.running[0]}
 
     def take(self, outputs: Iterable[EngineOutput]) -> None:
-        """Take in what a step gave, and choose once all beams have been computed."""
+        """Take in what a step gave, and choose once all beams have been computed.
+
+        Raises:
+            AdapterError: the adapter they were to be computed with could not be loaded, or was unloaded.
+        """
         for output in outputs:
             if output.request_id in self._running:
+                if output.finish_reason is not None:
+                    raise AdapterError(f"The beam search has ended: {output.stop_reason}")
                 (self._logprobs[output.request_id],) = output.logprobs
         if self._running and len(self._logprobs) == len(self._running):
             self._selection.advance([self._logprobs[request_id] for request_id in self._running])

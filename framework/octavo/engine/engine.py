@@ -5,16 +5,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.engine.adapters import AdapterStore, other_path
 from octavo.engine.scheduler import RequestUpdate, Scheduler
 from octavo.engine.stats import EngineStats
-from octavo.errors import EngineDeadError
+from octavo.errors import ConfigError, EngineDeadError
 from octavo.interfaces.executor import Executor, Step
+from octavo.lora.adapter import Adapter, AdapterInfo, AdapterStatus
 from octavo.outputs import TokenLogprobs
 from octavo.request import Request
+
+LOAD_WAIT_SECONDS = 0.01
+"""How long a step that can only wait for an adapter waits; then its caller may have news."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +29,8 @@ class EngineOutput:
 
     Attributes:
         new_token_ids: sampled and kept in this step.
-        finish_reason: "stop", "length" or "abort" when it has ended.
-        stop_reason: the user's stop token that ended it.
+        finish_reason: "stop", "length" or "abort" when it has ended; "error" when its adapter could not be loaded.
+        stop_reason: the user's stop token that ended it; of "error", and of "abort" with its adapter, the reason.
         num_cached_tokens: prompt tokens taken from the prefix cache.
         first_scheduled_time: seconds of `time.monotonic()`.
         num_preemptions: how often it had to be computed again.
@@ -35,7 +41,7 @@ class EngineOutput:
     request_id: str
     new_token_ids: list[int]
     finish_reason: str | None
-    stop_reason: int | None
+    stop_reason: int | str | None
     num_cached_tokens: int
     first_scheduled_time: float | None
     num_preemptions: int
@@ -57,8 +63,12 @@ class Engine:
         max_steps_in_flight: int,
         failures: list[BaseException] | None = None,
     ) -> None:
-        """`failures` is where the executor reports, at any time, that it cannot go on."""
+        """`failures` is where the executor reports, at any time, that it cannot go on.
+
+        The scheduler's `adapters`, where it has any, are this engine's.
+        """
         self.scheduler = scheduler
+        self._ended: list[Request] = []  # by their adapter; the next step says so
         self._executor = executor
         self._max_steps_in_flight = max_steps_in_flight
         self._in_flight: deque[tuple[Step, object]] = deque()
@@ -76,11 +86,23 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return self.scheduler.has_unfinished or bool(self._in_flight)
+        """Whether a step has something to do: a request, a late result or an adapter to load."""
+        adapters = self.scheduler.adapters
+        is_loading = adapters is not None and adapters.is_loading
+        return self.scheduler.has_unfinished or bool(self._in_flight or self._ended) or is_loading
 
     def add(self, request: Request) -> None:
-        """Queue a request; RequestError when it can never be served."""
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never be served.
+            AdapterError: its adapter was unloaded since it was bound to it.
+        """
         self._check()
+        if request.adapter is not None and request.adapter.retired:  # replaced, then: the name has another version
+            adapter = self.adapter(request.adapter.name)
+            for member in (request, *request.siblings):
+                member.adapter = adapter
         self.scheduler.add(request)
 
     def abort(self, request_id: str, finish_reason: Literal["abort", "stop"] = "abort") -> None:
@@ -99,14 +121,29 @@ class Engine:
         self._num_output_tokens += 1
 
     def step(self) -> list[EngineOutput]:
-        """Submit as many steps as may be in flight, collect the oldest, return what it gave."""
+        """Submit as many steps as may be in flight, collect the oldest, return what it gave.
+
+        Where all there is to do is to wait for an adapter, it waits a little and returns nothing.
+        """
         with self._guard():
+            outputs = self._take_adapters()
             while len(self._in_flight) < self._max_steps_in_flight and (step := self.scheduler.schedule()) is not None:
                 self._in_flight.append((step, self._submit(step)))
-            if not self._in_flight:
-                return []
-            step, handle = self._in_flight.popleft()
-            return [self._output(update) for update in self.scheduler.apply(step, self._executor.collect(handle))]
+            if self._in_flight:
+                step, handle = self._in_flight.popleft()
+                outputs += map(self._output, self.scheduler.apply(step, self._executor.collect(handle)))
+                return outputs
+        if self.scheduler.adapters is not None and not outputs:
+            self.scheduler.adapters.wait(LOAD_WAIT_SECONDS)
+        return outputs
+
+    def _take_adapters(self) -> list[EngineOutput]:
+        """Take in adapters that were read since the last step; returns the ends of requests that lost theirs."""
+        if self.scheduler.adapters is not None:
+            for adapter, error in self.scheduler.adapters.poll():
+                self._ended += self.scheduler.end_adapter(adapter, "error", str(error))
+        ended, self._ended = self._ended, []
+        return [self._output(RequestUpdate(request=request, new_token_ids=[])) for request in ended]
 
     def fail(self, error: BaseException) -> None:
         """Remember why the engine cannot go on; every later call raises EngineDeadError with this cause."""
@@ -114,12 +151,67 @@ class Engine:
 
     def stop(self) -> None:
         """Free the executor's memory. May be called twice."""
+        if self.scheduler.adapters is not None:
+            self.scheduler.adapters.stop()
         self._executor.stop()
         self.fail(RuntimeError("it was shut down"))
+
+    # ------------------------------------------------------------------------------------------------ adapters
+
+    def adapter(self, name: str) -> Adapter:
+        """What a new request that names an adapter is bound to; AdapterError when the name is not known."""
+        return self._adapters().request(name)
+
+    def knows_adapter(self, name: str, path: str | None = None) -> bool:
+        """Whether an adapter of that name is loaded, or on its way.
+
+        Raises:
+            AdapterError: one is, from another path than `path`.
+        """
+        adapter = self._adapters().get(name)
+        if adapter is not None and path is not None and adapter.path != path:
+            raise other_path(adapter, path)
+        return adapter is not None
+
+    def load_adapter(self, name: str, path: str, *, replace: bool = False) -> Future[AdapterInfo]:
+        """Read an adapter beside the steps, as `AdapterStore.load`; goes on while `step` is called."""
+        self._check()
+        return self._adapters().load(name, path, replace)
+
+    def unload_adapter(self, name: str, *, abort: bool = False) -> Future[None]:
+        """Forget an adapter, as `AdapterStore.unload`; with `abort` its requests end in the next step's outputs."""
+        self._check()
+        adapters = self._adapters()
+        versions = adapters.versions(name)
+        unloaded = adapters.unload(name)
+        if abort:
+            for adapter in versions:
+                self._ended += self.scheduler.end_adapter(adapter, "abort", f"Adapter {name!r} was unloaded.")
+        return unloaded
+
+    def pin_adapter(self, name: str, *, pinned: bool = True) -> None:
+        """Let an adapter keep its place, as `AdapterStore.pin`, or no longer."""
+        adapters = self._adapters()
+        if pinned:
+            adapters.pin(name)
+        else:
+            adapters.unpin(name)
+
+    def adapters(self) -> list[AdapterStatus]:
+        """Those that can be asked for, and how each stands; [] when none are served."""
+        return [] if self.scheduler.adapters is None else self.scheduler.adapters.statuses()
+
+    def _adapters(self) -> AdapterStore:
+        if self.scheduler.adapters is None:
+            raise ConfigError("This engine serves no LoRA adapters: set enable_lora=True.")
+        return self.scheduler.adapters
+
+    # ------------------------------------------------------------------------------------------------ numbers
 
     def stats(self) -> EngineStats:
         """How it stands now, and what it has done since start."""
         scheduler = self.scheduler
+        adapters = scheduler.adapters
         return EngineStats(
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
@@ -136,6 +228,10 @@ class Engine:
             kv_waste=scheduler.kv_waste,
             num_prefix_cache_queries=scheduler.num_prefix_cache_queries,
             num_prefix_cache_hits=scheduler.num_prefix_cache_hits,
+            num_adapters_in_memory=0 if adapters is None else adapters.num_in_memory,
+            num_adapters_placed=0 if adapters is None else adapters.num_placed,
+            num_adapter_loads=0 if adapters is None else adapters.num_loads,
+            num_adapter_evictions=0 if adapters is None else adapters.num_evictions,
             policy_metrics=dict(scheduler.policy.metrics()),
         )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from octavo.engine.block_pool import BlockPool, extend_hash_chain
+import struct
+from hashlib import blake2b
+
+from octavo.engine.block_pool import HASH_BYTES, BlockPool, extend_hash_chain
 from octavo.request import Request
 
 
@@ -29,6 +32,24 @@ def register_full_blocks(pool: BlockPool, request: Request) -> None:
 
 
 def _extend_hashes(pool: BlockPool, request: Request) -> None:
-    if pool.enable_prefix_caching and request.num_tokens >= (len(request.block_hashes) + 1) * pool.block_size:
+    if not pool.enable_prefix_caching:
+        return
+    adapter = request.adapter
+    if adapter is not None and (info := adapter.info) is not None and request.hashed_adapter != info.content_hash:
+        request.block_hashes.clear()  # read again while the request waited, the files may be others
+        request.hashed_adapter = info.content_hash
+    if request.num_tokens >= (len(request.block_hashes) + 1) * pool.block_size:
         token_ids = request.token_ids_from(len(request.block_hashes) * pool.block_size)
-        extend_hash_chain(request.block_hashes, token_ids, pool.block_size, request.cache_salt)
+        if request.hashed_adapter is None or request.block_hashes:
+            extend_hash_chain(request.block_hashes, token_ids, pool.block_size, request.cache_salt)
+        else:
+            chain = [_adapter_root(request.cache_salt, request.hashed_adapter)]
+            request.block_hashes += extend_hash_chain(chain, token_ids, pool.block_size)[1:]
+
+
+def _adapter_root(cache_salt: bytes, content_hash: str) -> bytes:
+    """What an adapter's chains begin with, in place of a salt's: the length of the salt says where it ends, and the
+    digest's personalisation that there is an adapter. Equal in every process."""
+    content = content_hash.encode()
+    parts = struct.pack("<QQ", len(cache_salt), len(content)) + cache_salt + content
+    return blake2b(parts, digest_size=HASH_BYTES, person=b"octavo adapter").digest()

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from octavo.engine.adapters import AdapterStore
 from octavo.engine.block_pool import BlockPool, DeferredReleases
 from octavo.engine.kv_waste import KVWaste
 from octavo.engine.prefix_cache import find_prefix, register_full_blocks
 from octavo.engine.waiting_queue import WaitingQueue
 from octavo.errors import PluginError, RequestError
-from octavo.interfaces.executor import BlockCopy, NewRow, ScheduledRow, Step, StepOutput
+from octavo.interfaces.executor import AdapterPlacement, BlockCopy, NewRow, ScheduledRow, Step, StepOutput
 from octavo.interfaces.scheduling import SchedulerPolicy
+from octavo.lora.adapter import Adapter
 from octavo.outputs import TokenLogprobs
 from octavo.request import Request, RequestStatus
 
@@ -48,13 +50,18 @@ _Row = tuple[Request, int, ScheduledRow]  # its epoch when the row was made: lat
 
 @dataclass(kw_only=True, slots=True)
 class _Plan:
-    """One call of `schedule`: the rows so far, what is left to give, who waits for blocks on their way back."""
+    """One call of `schedule`: the rows so far, what is left to give, who waits for blocks on their way back.
+
+    `adapters_wait`: a request waits for a device position, so none with an adapter may go before it.
+    """
 
     now: float
     budget: int
     rows: dict[str, _Row] = field(default_factory=dict)
     num_awaited_blocks: dict[str, int] = field(default_factory=dict)
     preempted: bool = False
+    placements: list[AdapterPlacement] = field(default_factory=list)
+    adapters_wait: bool = False
 
 
 class Scheduler:
@@ -69,6 +76,7 @@ class Scheduler:
         max_num_seqs: at most this many requests run at once.
         max_num_batched_tokens: the token budget of one step.
         clock: seconds; for `first_scheduled_time` and the policy's keys.
+        adapters: LoRA adapters that requests may have; None: none has one.
 
     Attributes:
         num_drafts, num_accepted_drafts: guesses verified and kept, since the start.
@@ -84,9 +92,11 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        adapters: AdapterStore | None = None,
     ) -> None:
         self.policy = policy
         self.block_pool = block_pool
+        self.adapters = adapters
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.num_drafts = 0
@@ -161,11 +171,15 @@ class Scheduler:
             self._requests[member.request_id] = member
             self._waiting.give_place(member, key)
         self._waiting.put(request)
+        if self.adapters is not None:
+            self.adapters.add(request)
 
     def _check(self, request: Request) -> None:
         num_prompt_tokens = len(request.prompt_token_ids)
         if request.request_id in self._requests:
             raise RequestError(f"Request id {request.request_id!r} is already in use; ids must be unique.")
+        if request.adapter is not None and self.adapters is None:
+            raise RequestError(f"Request {request.request_id!r} has an adapter; this engine serves none.")
         if not num_prompt_tokens:
             raise RequestError(f"Request {request.request_id!r} has an empty prompt; at least 1 token is needed.")
         if num_prompt_tokens >= request.max_total_tokens:
@@ -186,10 +200,21 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return None
+        self._cut(request, finish_reason)
+        return request
+
+    def end_adapter(self, adapter: Adapter, finish_reason: str, stop_reason: str) -> list[Request]:
+        """End all requests of an adapter; returns them."""
+        ended = [request for request in self._requests.values() if request.adapter is adapter]
+        for request in ended:
+            request.stop_reason = stop_reason
+            self._cut(request, finish_reason)
+        return ended
+
+    def _cut(self, request: Request, finish_reason: str) -> None:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
         self._end(request, finish_reason)
-        return request
 
     def fork(self, origin_id: str, request: Request) -> None:
         """Add a request that has all the tokens of another and is then extended: it shares the blocks that hold them.
@@ -202,6 +227,9 @@ class Scheduler:
         self._check(request)
         self._waiting.give_place(request, self.policy.key(request, self._clock()))
         self._requests[request.request_id] = request
+        if self.adapters is not None:
+            assert request.adapter is origin.adapter, "a fork has its origin's adapter"
+            self.adapters.add_fork(request)
         if origin.status is RequestStatus.RUNNING and len(self._running) < self.max_num_seqs:
             self._share(origin, request, origin.num_computed_tokens)
             request.num_computed_tokens = origin.num_computed_tokens
@@ -229,6 +257,7 @@ class Scheduler:
         # Who was preempted is not admitted in the same step, unless nothing else is left to run.
         if not plan.num_awaited_blocks and not (plan.preempted and plan.rows):
             self._admit(plan)
+            self._waiting.restore()
         if not plan.rows:
             return None
         step_id = self._next_step_id
@@ -242,7 +271,13 @@ class Scheduler:
                 entering.append(_new_row(request))
         self._in_flight.append((step_id, rows))
         leaving, self._leaving = self._leaving, []
-        return Step(step_id=step_id, leaving=leaving, entering=entering, rows=[row for _, _, row in rows])
+        return Step(
+            step_id=step_id,
+            leaving=leaving,
+            placements=plan.placements,
+            entering=entering,
+            rows=[row for _, _, row in rows],
+        )
 
     def _schedule_running(self, plan: _Plan) -> None:
         pool, block_size = self.block_pool, self.block_pool.block_size
@@ -341,7 +376,8 @@ class Scheduler:
             self._waiting.put(victim)
 
     def _admit(self, plan: _Plan) -> None:
-        """Admit waiting requests in the policy's order until the first that does not fit."""
+        """Admit waiting requests in the policy's order until the first that does not fit; those whose adapter is not
+        there are passed over."""
         pool = self.block_pool
         # Whoever enters computes a token, in a block of its own: without one free, the order needs no second look.
         if self.policy.dynamic and plan.budget and len(self._running) < self.max_num_seqs and pool.num_free:
@@ -351,6 +387,8 @@ class Scheduler:
                 if self._preempt_idle(plan):
                     continue
                 return
+            if request.adapter is not None and not self._has_adapter(request, request.adapter, plan):
+                continue
             hits = find_prefix(pool, request)
             num_tokens = request.num_tokens
             # Room for all its known tokens, not only the first chunk: else it would soon be preempted for its own rest.
@@ -371,10 +409,29 @@ class Scheduler:
             request.num_computed_tokens = start
             request.num_registered_blocks = len(hits)
             self._start_running(request, plan.now, start)
+            if self.adapters is not None and (placement := self.adapters.place(request)) is not None:
+                plan.placements.append(placement)
             row = self._add_row(request, start, end, num_tokens, plan)
             register_full_blocks(pool, request)
             if request.siblings:
                 self._fork_siblings(request, row, plan)
+
+    def _has_adapter(self, request: Request, adapter: Adapter, plan: _Plan) -> bool:
+        """Whether the first waiting request can be given its adapter; if not, another comes first now.
+
+        Adapters that are read take nothing from each other. Positions they do: once a request waits for one, those
+        behind it may not take the next that is free.
+        """
+        adapters = self.adapters
+        assert adapters is not None
+        if not plan.adapters_wait and adapters.may_enter(request):
+            if adapters.has_position(adapter):
+                return True
+            if self._preempt_idle(plan):
+                return False
+            plan.adapters_wait = True
+        self._waiting.pass_over()
+        return False
 
     def _preempt_idle(self, plan: _Plan) -> bool:
         """Let a request that awaits a choice give way, when nothing else can go on.
@@ -394,6 +451,8 @@ class Scheduler:
             request.first_scheduled_time = now
             request.num_cached_tokens = num_cached_tokens
         self._running.append(request)
+        if self.adapters is not None:
+            self.adapters.enter_batch(request)
 
     def _fork_siblings(self, origin: Request, row: ScheduledRow, plan: _Plan) -> None:
         """With the step that computes the last of a prompt, the others that have this prompt draw from it too."""
@@ -418,6 +477,7 @@ class Scheduler:
         pool.acquire(request.block_ids)
         num_full = num_tokens // pool.block_size
         request.block_hashes = origin.block_hashes[:num_full]
+        request.hashed_adapter = origin.hashed_adapter
         request.num_registered_blocks = min(origin.num_registered_blocks, num_full)
         self._start_running(request, self._clock(), origin.num_cached_tokens)
         self._waste.watch(request, origin)
@@ -558,6 +618,8 @@ class Scheduler:
         del self._requests[request.request_id]
         self._waiting.forget(request)
         self._num_told_tokens.pop(request.request_id, None)
+        if self.adapters is not None:
+            self.adapters.end(request)
         self.policy.ended(request)
 
     def _leave_batch(self, request: Request) -> None:
@@ -565,6 +627,8 @@ class Scheduler:
         if request.request_id in self._in_runner:
             self._in_runner.remove(request.request_id)
             self._leaving.append(request.request_id)
+        if self.adapters is not None and request.status is RequestStatus.RUNNING:
+            self.adapters.leave_batch(request)
         self._releases.release(request.block_ids, request.last_step_id)
         request.block_ids = []
         request.num_in_flight_tokens = 0
@@ -595,4 +659,5 @@ def _new_row(request: Request) -> NewRow:
         stop_token_ids=tuple(sorted(request.stop_token_ids | request.eos_token_ids)),
         bad_words_token_ids=request.bad_words_token_ids,
         chosen_outside=request.chosen_outside,
+        adapter_position=None if request.adapter is None else request.adapter.position,
     )

@@ -24,6 +24,9 @@ class EngineStats:
         kv_waste: 1 - tokens stored / token slots over the blocks that running requests hold, mean over all steps.
         num_prefix_cache_queries, num_prefix_cache_hits: prompt tokens looked for in the prefix cache and found there,
             since start; prompts computed again after a preemption do not count.
+        num_adapters_in_memory, num_adapters_placed: LoRA adapters in the host's memory, the one being read included;
+            and at device positions.
+        num_adapter_loads, num_adapter_evictions: into and from the host's memory, since start.
         policy_metrics: the scheduler policy's own numbers, by name.
     """
 
@@ -42,4 +45,8 @@ class EngineStats:
     kv_waste: float
     num_prefix_cache_queries: int = 0
     num_prefix_cache_hits: int = 0
+    num_adapters_in_memory: int = 0
+    num_adapters_placed: int = 0
+    num_adapter_loads: int = 0
+    num_adapter_evictions: int = 0
     policy_metrics: Mapping[str, float] = field(default_factory=dict)

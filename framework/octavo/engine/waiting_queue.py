@@ -21,6 +21,7 @@ class WaitingQueue:
         self._places: dict[str, tuple[Any, int]] = {}  # key and sequence number
         self._sequence_numbers = count()
         self._heap: list[tuple[Any, int, Request]] = []  # ended requests are skipped when met
+        self._passed_over: list[tuple[Any, int, Request]] = []
 
     def give_place(self, request: Request, key: Any) -> None:
         """Remember a new request's key; it does not wait yet."""
@@ -47,6 +48,17 @@ class WaitingQueue:
     def pop(self) -> None:
         """Take out the request that `first` returned."""
         heapq.heappop(self._heap)
+
+    def pass_over(self) -> None:
+        """Let those behind the request that `first` returned come first, until `restore`."""
+        self._passed_over.append(heapq.heappop(self._heap))
+
+    def restore(self) -> None:
+        """Put those that were passed over back into their places."""
+        if self._passed_over:
+            self._heap += self._passed_over
+            self._passed_over = []
+            heapq.heapify(self._heap)
 
     def rank_again(self, now: float) -> None:
         """Ask the policy for every waiting request's key again."""
