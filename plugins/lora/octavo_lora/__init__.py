@@ -12,7 +12,7 @@ def octavo_components() -> list[Spec]:
     return [
         LoraSpec(
             name="torch",
-            summary="grouped matrix products of torch; any device",
+            summary="Grouped matrix products of torch; any device",
             target="octavo_lora.torch_backend:TorchLora",
             requires=("peft",),
             install="pip install peft",
@@ -28,13 +28,13 @@ def octavo_components() -> list[Spec]:
         ),
         AdapterResolverSpec(
             name="filesystem",
-            summary="adapters by name in the folders below a root",
+            summary="Adapters by name, in the folders below a root",
             target="octavo_lora.resolvers:FilesystemResolver",
             options="octavo_lora.options:FilesystemOptions",
         ),
         AdapterResolverSpec(
             name="hf",
-            summary="adapters by Hugging Face id, those that are allowed",
+            summary="Adapters by Hugging Face id, those that are allowed",
             target="octavo_lora.resolvers:HuggingFaceResolver",
             options="octavo_lora.options:HuggingFaceOptions",
         ),

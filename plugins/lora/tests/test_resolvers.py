@@ -36,6 +36,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_adapter(parent / "root-of-others" / "theirs")
     root = parent / "root"
     write_adapter(root / "sql")
+    write_adapter(root / "sq l")
+    write_adapter(root / ".hidden")
     write_adapter(root / "team" / "law-v1.5")
     (root / "team" / "README.md").touch()
     (root / "empty").mkdir()
