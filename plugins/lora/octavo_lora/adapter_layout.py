@@ -93,7 +93,7 @@ class AdapterLayout:
             return []
         suffix = next((suffix for suffix in _ROLES if key.endswith(suffix)), None)
         if suffix is None or not key.startswith(_PREFIX):
-            return [f"{key} {shape} is no tensor that peft saves for LoRA"]
+            return [f"{key} is {shape}, and peft saves no tensor of such a name for LoRA"]
         name, role = key.removeprefix(_PREFIX).removesuffix(suffix), _ROLES[suffix]
         module = self._base.modules.get(name)
         if module is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -166,9 +166,10 @@ def edit_config(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor] | None]) -> None:
-    """Change saved tensors, in place or into others."""
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change saved tensors, in place or, where a dictionary is given back, into others."""
     file = folder / WEIGHTS_FILE
     tensors = load_file(file)
     changed = change(tensors)
-    save_file({key: t.contiguous().clone() for key, t in (tensors if changed is None else changed).items()}, file)
+    tensors = changed if isinstance(changed, dict) else tensors
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, file)
