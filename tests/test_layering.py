@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
     "packing": (("packing",), ()),
-    "specs": (("plugins.specs", "plugins.hookspecs"), ("data",)),
+    "specs": (("plugins.specs", "plugins.foreign_formats", "plugins.hookspecs"), ("data",)),
     "interfaces": (("interfaces",), ("data", "specs")),
     "plugins": (("plugins",), ("data", "specs", "interfaces")),
     "settings": (("settings", "config_schema"), ("data", "specs", "plugins")),

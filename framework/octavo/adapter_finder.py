@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from octavo.errors import AdapterError
 from octavo.interfaces.adapter_resolver import AdapterResolver
@@ -15,15 +15,15 @@ logger = logging.getLogger(__name__)
 class AdapterFinder:
     """Asks each resolver until one knows the name. Any thread may ask; it may take as long as a download."""
 
-    def __init__(self, resolvers: Mapping[str, AdapterResolver], base_model: str) -> None:
-        """`resolvers` by their full names, "plugin/name"."""
+    def __init__(self, resolvers: Sequence[tuple[str, AdapterResolver]], base_model: str) -> None:
+        """`resolvers` with their full names, "plugin/name"; of one name there may be several, differently set."""
         self._resolvers = resolvers
         self._base_model = base_model
 
     @classmethod
     def of(cls, manifest: Manifest) -> AdapterFinder:
         """With the resolvers that were chosen."""
-        resolvers = {chosen.full_name: chosen.build() for chosen in manifest.adapter_resolvers}
+        resolvers = [(chosen.full_name, chosen.build()) for chosen in manifest.adapter_resolvers]
         return cls(resolvers, manifest.config.model)
 
     def find(self, name: str) -> str:
@@ -32,7 +32,7 @@ class AdapterFinder:
         Raises:
             AdapterError: nobody knows it, or it cannot be had.
         """
-        for full_name, resolver in self._resolvers.items():
+        for full_name, resolver in self._resolvers:
             try:
                 path = resolver.resolve(self._base_model, name)
             except AdapterError:
@@ -45,7 +45,7 @@ class AdapterFinder:
             if path is not None:
                 return path
         hint = (
-            f"{', '.join(self._resolvers)} found none of that name."
+            f"{', '.join(full_name for full_name, _ in self._resolvers)} found none of that name."
             if self._resolvers
             else "Load it first: llm.load_adapter(name, path); or set lora_root to a folder of adapters."
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from octavo.adapter_finder import AdapterFinder
 from octavo.config import EngineConfig
+from octavo.engine.adapters import AdapterStore
 from octavo.engine.block_pool import BlockPool
 from octavo.engine.engine import Engine
 from octavo.engine.scheduler import Scheduler
@@ -59,6 +60,7 @@ def assemble(config: EngineConfig) -> Assembly:
             block_pool=BlockPool(report.num_blocks, config.block_size, config.enable_prefix_caching),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            adapters=_adapters(config, executor),
         )
         assembly = Assembly(
             engine=Engine(scheduler, executor, selection.max_steps_in_flight, failures),
@@ -79,6 +81,17 @@ def assemble(config: EngineConfig) -> Assembly:
         raise
     _log_start(manifest, report, time.monotonic() - start)
     return assembly
+
+
+def _adapters(config: EngineConfig, executor: Executor) -> AdapterStore | None:
+    if not config.enable_lora:
+        return None
+    return AdapterStore(
+        executor.load_adapter,
+        executor.drop_adapter,
+        max_loras=config.max_loras,
+        max_cpu_loras=config.num_cpu_loras,
+    )
 
 
 def _load_adapters(engine: Engine, paths: Mapping[str, str]) -> None:

@@ -340,7 +340,9 @@ class LLM:
         for prompt, each, priority, tenant, wish in zip(prompts, params, priorities, tenants, wishes, strict=True):
             request_id = str(next(self._request_ids))
             text, token_ids = self._assembly.inputs.tokenize(prompt)
-            request = self._assembly.inputs.request(request_id, token_ids, each, priority=priority, tenant=tenant, adapter=adapters[wish])
+            request = self._assembly.inputs.request(
+                request_id, token_ids, each, priority=priority, tenant=tenant, adapter=adapters[wish]
+            )
             checked.append((request_id, text, each, request))
         outputs: list[RequestOutput] = []
         try:

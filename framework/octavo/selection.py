@@ -175,7 +175,7 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
             "adapter_resolver",
             Need(),
             lambda _: False,
-            [("filesystem", {"root": config.lora_root})] * (config.lora_root is not None)
+            [("lora/filesystem", {"root": config.lora_root})] * (config.lora_root is not None)
             + [(wish.name, wish.options) for wish in config.adapter_resolvers],
         ),
         draft_model=_select_draft_model(registry, config, choices.get("proposer"), device, max_model_len, weights),

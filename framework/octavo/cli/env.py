@@ -12,7 +12,18 @@ from pathlib import Path
 
 from octavo.plugins.host import discover
 
-PACKAGES = ("octavo", "torch", "numpy", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "pluggy")
+PACKAGES = (
+    "octavo",
+    "torch",
+    "numpy",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "safetensors",
+    "pydantic",
+    "pluggy",
+)
 CPU_FLAGS = (
     "avx2",
     "avx512f",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 AdapterState = Literal["loading", "cold", "host", "placed"]
@@ -26,7 +26,7 @@ class AdapterInfo:
     content_hash: str
     rank: int
     num_bytes: int
-    modules: tuple[str, ...]
+    modules: tuple[str, ...] = field(repr=False)
     warnings: tuple[str, ...] = ()
 
 

@@ -45,7 +45,7 @@ class LoRARequest:
 
 
 AdapterWish = LoRARequest | str | None
-"""The adapter a prompt is to be answered with: by request, by the name of one that is known or can be found, or none."""
+"""The adapter a prompt is to be answered with: by request, by the name of one that is known or found, or none."""
 
 
 def adapter_wishes(

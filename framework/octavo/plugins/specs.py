@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from octavo.errors import PluginError
+from octavo.plugins.foreign_formats import FOREIGN_FORMATS
 
 # ---------------------------------------------------------------------------------------------------- needs
 
@@ -61,7 +62,7 @@ class QuantizationNeed(Need):
                 'recognises its tensors. Write it into config.json: "quantization_config": {"quant_method": ...}. '
                 f"Installed: {_list(tuple(sorted(known))) or 'none'}."
             )
-        what = _FOREIGN_FORMATS.get(self.format)
+        what = FOREIGN_FORMATS.get(self.format)
         return (
             (f"{self.format} {what}. " if what else "")
             + "Load the model unquantized, or in one of the formats installed: "
@@ -426,15 +427,6 @@ def load_target(target: str) -> Callable[..., Any]:
         raise PluginError(f"{target!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-_FOREIGN_FORMATS = {
-    **dict.fromkeys(("exl2", "exl3"), "is ExLlama's own format; `octavo quantize` makes GPTQ of the plain model"),
-    **dict.fromkeys(
-        ("marlin", "gptq_marlin", "awq_marlin", "bitblas", "qqq"),
-        "lies in the tiles of one GPU kernel; take the same model as GPTQ or AWQ",
-    ),
-    "bitsandbytes": "is made of the plain model while it is loaded; load that",
-}
-"""What checkpoints' quant_method may be that no plugin of ours reads, and what to do."""
 _ANY = "*"  # in ModelSpec.architectures: every one that the probe has no reason against
 _OTHER_TARGETS = ("probe", "options", "recognise")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_]\w*)?")
