@@ -7,8 +7,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from octavo.errors import AdapterError
@@ -19,6 +21,10 @@ _PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 16 * 2**20
 """More than any list of module names takes: reading a configuration never takes long."""
 
+MAX_HEADER_BYTES = 100 * 2**20
+"""As the safetensors library has it."""
+
+_LENGTH_BYTES = 8
 _LFS_MARK = b"version https://git-lfs"
 _WANTED = f"An adapter is a folder as peft's save_pretrained writes it, with {CONFIG_FILE} and {WEIGHTS_FILE}"
 
@@ -43,18 +49,19 @@ def read_config(folder: Path) -> Mapping[str, object]:
     """
     file = _regular(folder, CONFIG_FILE)
     try:
-        with file.open("rb") as opened:
+        with _opened(file) as opened:
             data = opened.read(MAX_CONFIG_BYTES + 1)
+        _refuse_pointer(file, data)
         if len(data) > MAX_CONFIG_BYTES:
             raise AdapterError(
                 f"{file} has more than {MAX_CONFIG_BYTES} bytes; a configuration is a few kilobytes of JSON. "
                 "Save the adapter again with peft."
             )
-        _refuse_pointer(file, data)
         config = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8; AdapterError is one, too
-        if isinstance(error, AdapterError):
-            raise
+        json.dumps(config, ensure_ascii=False).encode()  # half a surrogate pair is a text that no answer can hold
+    except AdapterError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         raise AdapterError(f"{file} is no JSON that can be read: {error}. Save the adapter again with peft.") from error
     if not isinstance(config, dict):
         raise AdapterError(
@@ -64,28 +71,57 @@ def read_config(folder: Path) -> Mapping[str, object]:
 
 
 class AdapterTensors:
-    """The tensors of an open adapter_model.safetensors: shapes first, from its header, then one tensor at a time."""
+    """The tensors of an open adapter_model.safetensors: shapes first, from its header, then all of them.
 
-    def __init__(self, file: Path, opened: safe_open) -> None:
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            key: tuple(opened.get_slice(key).get_shape())  # type: ignore[no-untyped-call]
-            for key in sorted(opened.keys())  # type: ignore[no-untyped-call]
-        }
+    Read, not mapped: a file that somebody shortens meanwhile is an error then, not the end of the process.
+
+    Attributes:
+        shapes: by name, sorted.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path = path
         self._file = file
-        self._opened = opened
-
-    def read(self, key: str) -> Tensor:
-        """A tensor in the dtype that it has in the file, on the CPU; a copy, which the file no longer touches."""
         try:
-            tensor: Tensor = self._opened.get_tensor(key)  # type: ignore[no-untyped-call]
-        except SafetensorError as error:
-            raise AdapterError(f"{key} of {self._file} cannot be read: {error}. Copy the adapter again.") from error
-        if not tensor.is_floating_point():
+            self._header = self._read_header()
+            header = json.loads(self._header[_LENGTH_BYTES:])
+            "".join(header).encode()
+            self.shapes: Mapping[str, tuple[int, ...]] = {
+                key: tuple(map(int, header[key]["shape"])) for key in sorted(header) if key != "__metadata__"
+            }
+        except AdapterError:
+            raise
+        except (OSError, ValueError, RecursionError, TypeError, KeyError) as error:  # no JSON, or not of that form
+            raise self._damaged(f"its header cannot be read ({error})") from error
+
+    def read(self) -> Mapping[str, Tensor]:
+        """All tensors, by name, sorted, in the dtypes that they have in the file; once.
+
+        Raises:
+            AdapterError: the file is not whole, or has tensors of integers.
+        """
+        try:
+            tensors = load(self._header + self._file.read())
+        except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that torch has not
+            raise self._damaged(str(error)) from error
+        if integers := sorted(key for key, tensor in tensors.items() if not tensor.is_floating_point()):
             raise AdapterError(
-                f"{key} of {self._file} is of {tensor.dtype}; weights are floating-point numbers. "
-                "Save the adapter unquantized."
+                f"{integers[0]} of {self._path} is of {tensors[integers[0]].dtype}; weights are floating-point "
+                "numbers. Save the adapter unquantized."
             )
-        return tensor.clone()
+        return dict(sorted(tensors.items()))
+
+    def _read_header(self) -> bytes:
+        start = self._file.read(len(_LFS_MARK))
+        _refuse_pointer(self._path, start)
+        size = int.from_bytes(start[:_LENGTH_BYTES], "little")
+        if size > MAX_HEADER_BYTES:
+            raise self._damaged(f"its header would have {size} bytes")
+        self._file.seek(0)
+        return self._file.read(_LENGTH_BYTES + size)
+
+    def _damaged(self, why: str) -> AdapterError:
+        return AdapterError(f"{self._path} is no whole safetensors file: {why}. Copy or download the adapter again.")
 
 
 @contextmanager
@@ -95,24 +131,21 @@ def open_tensors(folder: Path) -> Iterator[AdapterTensors]:
     Raises:
         AdapterError: no such file, none that is whole, or only weights in a pickle.
     """
-    file = folder / WEIGHTS_FILE
-    if not file.exists() and (folder / _PICKLE_FILE).exists():
+    path = folder / WEIGHTS_FILE
+    if not path.exists() and (folder / _PICKLE_FILE).exists():
         raise AdapterError(
             f"{folder} has its weights in {_PICKLE_FILE}, a pickle, which could run any code when it is read. "
             f"Convert it to {WEIGHTS_FILE}: load it with peft and call save_pretrained."
         )
-    file = _regular(folder, WEIGHTS_FILE)
+    with _opened(_regular(folder, WEIGHTS_FILE)) as file:
+        yield AdapterTensors(path, file)
+
+
+def _opened(path: Path) -> BinaryIO:
     try:
-        with file.open("rb") as start:
-            _refuse_pointer(file, start.read(len(_LFS_MARK)))
-        opened = safe_open(file, framework="pt")
-        tensors = AdapterTensors(file, opened)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"{file} is no whole safetensors file: {error}. Copy or download the adapter again."
-        ) from error
-    with opened:
-        yield tensors
+        return path.open("rb")
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}. Correct its permissions.") from error
 
 
 def _regular(folder: Path, name: str) -> Path:

@@ -111,7 +111,7 @@ class AdapterLayout:
         """Pass over matrices that the configuration does not target, as peft does; say what else is not there."""
         adapter = self.adapter
         targets = set(adapter.targets)
-        if adapter.config.ensure_weight_tying and any(self._base.modules[t].kind == "embedding" for t in targets):
+        if adapter.ensure_weight_tying and any(self._base.modules[t].kind == "embedding" for t in targets):
             targets |= {module.name for module in self._base.modules.values() if module.kind == "head"}
         untargeted = [name for name in self.changed if name not in targets and self.has(name, "a")]
         for name in untargeted:

@@ -121,10 +121,15 @@ class PeftAdapter:
         self.warnings = [*_passed_over(raw, known), *_other_base(raw.get("base_model_name_or_path"), base)]
         self.use_dora = bool(self.config.use_dora)
         self.lora_bias = bool(self.config.lora_bias)
+        self.ensure_weight_tying = bool(getattr(self.config, "ensure_weight_tying", False))
         self._base = base
         self._targets_said = self.config.target_modules
         said = {name: getattr(self.config, name, None) for name in SERVED}
-        plain = {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
+        plain = {
+            name: sorted(value) if isinstance(value, set) else value
+            for name, value in said.items()
+            if value is not None and value is not False  # as the fields are that an older peft has not
+        }
         self.canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"))
         if self.config.target_modules is None:
             self.config.target_modules = _peft_default_targets(base)  # type: ignore[assignment]  # peft makes sets of them

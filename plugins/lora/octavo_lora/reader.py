@@ -170,11 +170,8 @@ class _Reader:
 def _read_all(opened: AdapterTensors, layout: AdapterLayout) -> tuple[dict[str, Tensor], str]:
     """The tensors that are used, and the content's hash, of all that there are."""
     content = hashlib.blake2b(layout.adapter.canonical.encode(), digest_size=32)
-    used, tensors = layout.used_keys(), {}
-    for key, shape in opened.shapes.items():
-        tensor = opened.read(key)
-        content.update(f"\0{key}\0{tensor.dtype}\0{list(shape)}\0".encode())
+    tensors = opened.read()
+    for key, tensor in tensors.items():
+        content.update(f"\0{key}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        if key in used:
-            tensors[key] = tensor
-    return tensors, content.hexdigest()
+    return {key: tensors[key] for key in layout.used_keys()}, content.hexdigest()

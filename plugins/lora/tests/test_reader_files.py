@@ -14,6 +14,7 @@ from adapters import LIMITS, ModelBase, edit_tensors, save_adapter, tiny_llama
 
 from octavo.errors import AdapterError
 from octavo_lora.adapter_files import MAX_CONFIG_BYTES
+from octavo_lora.adapter_layout import AdapterLayout
 from octavo_lora.hub import CONFIG_FILE, WEIGHTS_FILE
 from octavo_lora.reader import read_adapter
 
@@ -29,7 +30,7 @@ def adapter(tmp_path: Path) -> Path:
 
 def refusal(path: object) -> str:
     with pytest.raises(AdapterError) as refused:
-        read_adapter(str(path), ModelBase(tiny_llama(layers=1)), LIMITS)
+        read_adapter(str(path), ModelBase(tiny_llama()), LIMITS)
     return str(refused.value)
 
 
@@ -89,6 +90,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "a list": (b"[1, 2]", "holds a JSON list"),
     "nested too deep": (b"[" * 200_000, "no JSON"),
     "a number of a million digits": (b'{"r": ' + b"9" * 1_000_000 + b"}", "no JSON"),
+    "half a character": (b'{"peft_type": "\\ud800"}', "no JSON"),
     "a pointer": (LFS_POINTER, "Git LFS pointer"),
     "huge": (b" " * (MAX_CONFIG_BYTES + 1), "more than"),
     "nothing of peft's": (b"{}", "None"),
@@ -137,6 +139,22 @@ def test_weights_that_are_no_whole_file_are_refused(adapter: Path, change: Calla
     file = adapter / WEIGHTS_FILE
     file.write_bytes(change(file.read_bytes()))
     assert said in refusal(adapter)
+
+
+@pytest.mark.parametrize("header", [b'{"a": [1]}', b"[1]", b'{"\\ud800": {"shape": [1]}}', b'{"a": {"shape": ["x"]}}'])
+def test_a_header_of_another_form_is_refused(adapter: Path, header: bytes) -> None:
+    (adapter / WEIGHTS_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "its header cannot be read" in refusal(adapter)
+
+
+def test_a_file_that_is_shortened_while_it_is_read_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shorten(*arguments: object) -> AdapterLayout:
+        os.truncate(adapter / WEIGHTS_FILE, 2000)
+        return AdapterLayout(*arguments)
+
+    monkeypatch.setattr("octavo_lora.reader.AdapterLayout", shorten)
+    with pytest.raises(AdapterError, match="no whole safetensors file"):
+        read_adapter(str(adapter), ModelBase(tiny_llama()), LIMITS)
 
 
 def test_weights_of_integers_are_refused(adapter: Path) -> None:
