@@ -342,7 +342,7 @@ class AdapterStore:
             if adapter.info is None:  # else its name stays: what was read once may be there again
                 adapter.retired = True
                 if self._by_name.get(adapter.name) is adapter:
-                    del self._by_name[adapter.name]
+                    self._pass_on(adapter.name)
             for future in self._loads.pop(adapter.adapter_id, []):
                 future.set_exception(result)
         else:
@@ -368,6 +368,13 @@ class AdapterStore:
         if replaced is not None and replaced is not adapter:
             adapter.pinned = replaced.pinned
             self._retire(replaced)
+
+    def _pass_on(self, name: str) -> None:
+        """Forget a name, unless a version is on its way that was to replace the one that could not be read."""
+        del self._by_name[name]
+        for successor in self.versions(name):
+            if not successor.retired:
+                self._by_name.setdefault(name, successor)
 
     def _retire(self, adapter: Adapter) -> None:
         adapter.retired = True

@@ -108,6 +108,8 @@ class Engine:
     def abort(self, request_id: str, finish_reason: Literal["abort", "stop"] = "abort") -> None:
         """End a request now, wherever it is; an unknown or ended one is no error."""
         self.scheduler.abort(request_id, finish_reason)
+        if self._ended:  # nobody waits for its end, and its id may be used again before the next step
+            self._ended = [request for request in self._ended if request.request_id != request_id]
 
     def fork(self, origin_id: str, request: Request) -> None:
         """Add a request that begins with all the tokens of another, on the same blocks; `extend` both before a step."""
