@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
             elif line:
                 question = {"role": "user", "content": line}
                 try:
-                    answer = print_text(llm.stream_chat([*messages, question], params), can_be_stopped=True)
+                    stream = llm.stream_chat([*messages, question], params, adapter=args.adapter)
+                    answer = print_text(stream, can_be_stopped=True)
                 except RequestError as error:  # too long by now, say; the conversation so far stands
                     print(f"error: {error}", file=sys.stderr)
                     continue

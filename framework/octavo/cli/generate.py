@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f">>> {prompt}")
             if args.chat:
                 conversation = [{"role": "user", "content": prompt}]
-                print_text(llm.stream_chat(conversation, params))
+                print_text(llm.stream_chat(conversation, params, adapter=args.adapter))
             else:
-                print_text(llm.stream(prompt, params))
+                print_text(llm.stream(prompt, params, adapter=args.adapter))
         print_summary(llm, file=sys.stderr)
     return 0

@@ -14,6 +14,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, max_tokens: int) ->
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default 1.0, all tokens")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="default 0, all tokens")
+    group.add_argument("--adapter", metavar="NAME", help="answer with this LoRA adapter (--enable-lora)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be given again")
 
 
