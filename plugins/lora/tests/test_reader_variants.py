@@ -162,6 +162,21 @@ def test_the_bases_weights_are_not_read_for_plain_matrices(tmp_path: Path) -> No
     assert base.asked == []
 
 
+def test_all_linears_are_all_but_the_head(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules="all-linear")
+    base = ModelBase(tiny_llama())
+    info = read_adapter(str(tmp_path), base, LIMITS).info
+    assert set(info.modules) == base.modules.keys() - {"lm_head", "model.embed_tokens"}
+    assert info.warnings == ()
+
+
+def test_the_bases_weights_are_not_read_for_modules_to_save(tmp_path: Path) -> None:
+    save_adapter(tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base = ModelBase(tiny_llama())
+    read_adapter(str(tmp_path), base, SAVING)
+    assert base.asked == []
+
+
 def test_the_scaling_is_multiplied_in_float32_and_rounded_once(tmp_path: Path) -> None:
     save_adapter(tmp_path, target_modules=["q_proj"], r=3, lora_alpha=7)
     limits = LoraLimits(max_loras=1, max_lora_rank=3, max_num_rows=1, dtype=torch.bfloat16, device="cpu")
