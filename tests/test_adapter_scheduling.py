@@ -127,6 +127,16 @@ def test_a_fork_has_its_origins_position() -> None:
     assert [row.adapter_position for row in engine.executor.steps[-1].entering] == [0]
 
 
+def test_one_that_awaits_a_choice_gives_its_position_to_another_when_nothing_else_can_go_on() -> None:
+    engine = SimulatedEngine(max_loras=1, max_cpu_loras=2)
+    engine.load("a", "b")
+    engine.add("idle", "a", chosen_outside=True, max_tokens=8)
+    engine.step()
+    engine.add("r", "b")
+    engine.step()
+    assert list(running(engine)) == ["r"]
+
+
 def test_a_preempted_request_gets_its_adapter_placed_again() -> None:
     engine = SimulatedEngine(max_loras=1, max_cpu_loras=2, num_blocks=8, max_num_seqs=2)
     engine.load("a")
