@@ -24,7 +24,8 @@ class TritonLora(PlacedLora):
     def __init__(self, limits: LoraLimits) -> None:
         super().__init__(limits)
         rows = limits.max_num_rows
-        self._max_tiles = max(num_tiles(many, limits.max_loras) for many in {rows, min(rows, 512)})
+        most = max(num_tiles(many, limits.max_loras) for many in {rows, min(rows, 512)})
+        self._max_tiles = -(-most // 4) * 4  # so that what lies behind is aligned
         # Tiles, the order of rows, and each row's position: one copy from the host writes them all.
         self._state = torch.full((3 * self._max_tiles + 2 * rows,), NO_ADAPTER, dtype=torch.int32, device=limits.device)
         self._tiles = self._view(0)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,7 @@ def expand_kernel(
     table_width,
     stride_y,
     PRECISION: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -38,7 +41,8 @@ def expand_kernel(
 
     h[i, r] = sum_s shrunk[s, i, start + r] in the order of s. One program owns one tile of places i and BLOCK_OUTPUTS
     outputs n of one part; it ends at once where no adapter changes the part. The table says a part's start, rank r,
-    whether it has a scale or a shift (else 1 and 0, not read), and its outputs.
+    whether it has a scale or a shift (else 1 and 0, not read), and its outputs, which begin and end at multiples of
+    ALIGNMENT.
     """
     tile = tiles_ptr + tl.program_id(1) * 3
     position = tl.load(tile)
@@ -48,8 +52,9 @@ def expand_kernel(
     start = tl.load(part)
     num_part_ranks = tl.load(part + 1)
     flags = tl.load(part + 2)
-    output = tl.load(part + 3) + tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    is_output = output < tl.load(part + 4)
+    first_output = tl.multiple_of(tl.load(part + 3), ALIGNMENT)
+    output = first_output + tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    is_output = output < tl.multiple_of(tl.load(part + 4), ALIGNMENT)
     if (num_part_ranks == 0) & (flags == 0):
         return
     place = tl.load(tile + 1) + tl.arange(0, BLOCK_ROWS)
@@ -58,7 +63,7 @@ def expand_kernel(
     mask = is_row[:, None] & is_output[None, :]
     y = y_ptr + row.to(tl.int64)[:, None] * stride_y + output[None, :]
     outputs = position.to(tl.int64) * out_features + output
-    total = tl.load(y, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
     for first in range(0, num_part_ranks, BLOCK_RANKS):
         rank = first + tl.arange(0, BLOCK_RANKS)
         is_rank = rank < num_part_ranks
@@ -72,10 +77,9 @@ def expand_kernel(
             b_ptr + outputs[None, :] * max_rank + rank[:, None], mask=is_output[None, :] & is_rank[:, None], other=0.0
         )
         total = tl.dot(h, b.to(tl.float32), total, input_precision=PRECISION)
-    if flags & 1:
-        total *= tl.load(scale_ptr + outputs, mask=is_output, other=1.0)[None, :]
-    if flags & 2:
-        total += tl.load(shift_ptr + outputs, mask=is_output, other=0.0)[None, :]
+    total += tl.load(y, mask=mask, other=0.0).to(tl.float32)
+    total *= tl.load(scale_ptr + outputs, mask=is_output & ((flags & 1) != 0), other=1.0)[None, :]
+    total += tl.load(shift_ptr + outputs, mask=is_output & ((flags & 2) != 0), other=0.0)[None, :]
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -91,7 +95,7 @@ def expand(shrunk: Tensor, slot: Slot, output: Tensor, tiles: Tiles) -> None:
     widest = max(part.out_features for part in slot.parts)
     # An adapter of 16 bits is exact in tf32, which keeps three bits more of h than bfloat16 would.
     exact = output.dtype is torch.float32
-    outputs = 64 if exact else 128
+    outputs = 2 * tiles.block_rows if exact else 1024 // tiles.block_rows  # the most that spill nothing
     expand_kernel[(triton.cdiv(widest, outputs), len(tiles.table), len(slot.parts))](
         shrunk,
         slot.b,
@@ -108,10 +112,11 @@ def expand(shrunk: Tensor, slot: Slot, output: Tensor, tiles: Tiles) -> None:
         out_features,
         slot.table.stride(0),
         output.stride(0),
+        ALIGNMENT=math.gcd(16, *(part.out_features for part in slot.parts)),
         PRECISION="ieee" if exact else "tf32",
         BLOCK_ROWS=tiles.block_rows,
         BLOCK_RANKS=min(block_ranks(max_rank), 32),
         BLOCK_OUTPUTS=outputs,
         num_warps=4,
-        num_stages=2,
+        num_stages=1,
     )

@@ -14,7 +14,7 @@ _PROGRAMS = 512
 _MOST_SPLITS = 16
 
 
-@triton.jit(do_not_specialize=["num_rows", "inputs_per_split", "table_width"])
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_split", "table_width"])
 def shrink_kernel(
     x_ptr,
     a_ptr,
@@ -24,7 +24,7 @@ def shrink_kernel(
     out_ptr,
     num_rows,
     in_features,
-    inputs_per_split,
+    blocks_per_split,
     num_ranks,
     table_width,
     stride_x,
@@ -50,12 +50,12 @@ def shrink_kernel(
     row = tl.load(order_ptr + place, mask=is_row, other=0)
     rank = tl.program_id(1) * BLOCK_RANKS + tl.arange(0, BLOCK_RANKS)
     split = tl.program_id(2)
-    first = split * inputs_per_split
+    first = split * blocks_per_split
     x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_x
     a_rows = a_ptr + (position.to(tl.int64) * num_ranks + rank)[None, :] * in_features
     total = tl.zeros((BLOCK_ROWS, BLOCK_RANKS), tl.float32)
-    for start in range(first, tl.minimum(first + inputs_per_split, in_features), BLOCK_INPUTS):
-        column = start + tl.arange(0, BLOCK_INPUTS)
+    for block in range(first, tl.minimum(first + blocks_per_split, tl.cdiv(in_features, BLOCK_INPUTS))):
+        column = block * BLOCK_INPUTS + tl.arange(0, BLOCK_INPUTS)
         is_input = column < in_features
         x = tl.load(x_rows + column[None, :], mask=is_row[:, None] & is_input[None, :], other=0.0)
         a = tl.load(a_rows + column[:, None], mask=(rank < used)[None, :] & is_input[:, None], other=0.0)
@@ -77,11 +77,12 @@ def shrink(x: Tensor, a: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
     """
     num_ranks, in_features = a.shape[1:]
     ranks = block_ranks(num_ranks)
-    inputs = 32 if x.dtype is torch.float32 else 128 if tiles.block_rows == 16 else 64
+    inputs = 32 if x.dtype is torch.float32 else 128 if tiles.block_rows * ranks <= 16 * 32 else 64
     num_blocks = triton.cdiv(num_ranks, ranks)
     most = max(min(_PROGRAMS // (len(tiles.table) * num_blocks), _MOST_SPLITS, in_features // (2 * inputs)), 1)
-    inputs_per_split = triton.cdiv(triton.cdiv(in_features, most), inputs) * inputs
-    num_splits = triton.cdiv(in_features, inputs_per_split)
+    input_blocks = triton.cdiv(in_features, inputs)
+    blocks_per_split = triton.cdiv(input_blocks, most)
+    num_splits = triton.cdiv(input_blocks, blocks_per_split)
     out = torch.empty(num_splits, tiles.num_rows, num_ranks, dtype=torch.float32, device=x.device)
     shrink_kernel[(len(tiles.table), num_blocks, num_splits)](
         x,
@@ -92,7 +93,7 @@ def shrink(x: Tensor, a: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
         out,
         tiles.num_rows,
         in_features,
-        inputs_per_split,
+        blocks_per_split,
         num_ranks,
         table.stride(0),
         x.stride(0),
@@ -100,7 +101,7 @@ def shrink(x: Tensor, a: Tensor, table: Tensor, tiles: Tiles) -> Tensor:
         BLOCK_ROWS=tiles.block_rows,
         BLOCK_RANKS=ranks,
         BLOCK_INPUTS=inputs,
-        num_warps=4,
+        num_warps=4 if tiles.block_rows == 16 else 8,
         num_stages=3,
     )
     return out

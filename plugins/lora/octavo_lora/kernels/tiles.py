@@ -16,7 +16,7 @@ from octavo.interfaces import NO_ADAPTER
 from octavo.plugins.tuned_data import INTERPRETED
 from octavo_lora.placement import RowGroups
 
-_FEW_ROWS, _MANY_ROWS = 16, 64
+_FEW_ROWS, _MANY_ROWS = 16, 32
 _FEW = 512
 
 
