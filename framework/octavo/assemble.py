@@ -62,8 +62,9 @@ def assemble(config: EngineConfig) -> Assembly:
             max_num_batched_tokens=config.max_num_batched_tokens,
             adapters=_adapters(config, executor),
         )
+        engine = Engine(scheduler, executor, selection.max_steps_in_flight, failures)
         assembly = Assembly(
-            engine=Engine(scheduler, executor, selection.max_steps_in_flight, failures),
+            engine=engine,
             finder=AdapterFinder.of(manifest),
             tokenizer=tokenizer,
             inputs=InputProcessor(
@@ -75,9 +76,13 @@ def assemble(config: EngineConfig) -> Assembly:
             manifest=manifest,
             report=report,
         )
-        _load_adapters(assembly.engine, config.lora_modules)
     except BaseException:
         executor.stop()
+        raise
+    try:
+        _load_adapters(engine, config.lora_modules)
+    except BaseException:
+        engine.stop()
         raise
     _log_start(manifest, report, time.monotonic() - start)
     return assembly
