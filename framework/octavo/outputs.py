@@ -47,8 +47,8 @@ class CompletionOutput:
         cumulative_logprob: sum of the logprobs of `token_ids`; None when logprobs were not asked for.
         logprobs: for each token by token id itself, first, and the most probable ones, best first; None when they were
             not asked for.
-        finish_reason: "stop", "length", "abort", "error" (its LoRA adapter could not be read; `stop_reason` says why), or None
-            while it runs.
+        finish_reason: "stop", "length", "abort", "error" (its LoRA adapter could not be read; `stop_reason` says why),
+            or None while it runs.
         stop_reason: the stop string or token id that ended it; None for end-of-sequence or length.
     """
 
