@@ -65,10 +65,14 @@ def test_installed_plugin_brings_its_components_with_name_distribution_and_versi
     assert [(spec.kind, spec.name) for spec in plugin.specs] == [("scheduler", "lottery")]
 
 
+WITHOUT_REFERENCE = {"proposer", "lora", "adapter_resolver"}
+"""Kinds that an engine does without: nothing of the core's own."""
+
+
 def test_builtins_are_a_plugin_like_any_other() -> None:
     plugin = discover(PluginRules())[0]
     assert (plugin.name, plugin.distribution, plugin.state) == ("builtin", "octavo", PluginState.OK), plugin.fault
-    assert {spec.kind for spec in plugin.specs} == set(SPEC_KINDS) - {"proposer"}  # there is no reference of guessing
+    assert {spec.kind for spec in plugin.specs} == set(SPEC_KINDS) - WITHOUT_REFERENCE
 
 
 @pytest.mark.parametrize("spec", discover(PluginRules())[0].specs, ids=lambda spec: f"{spec.kind}-{spec.name}")
