@@ -43,7 +43,8 @@ class Slot:
         kind: "embedding" reads token ids; adapters may bring a whole "head" or "embedding" of their own.
         a: [max_loras, num_parts * max_rank, in_features]; at a position, the rows of the parts that its adapter changes
             are packed one behind the other. Of an embedding [max_loras, in_features, max_rank]: a token's row.
-        b: [max_loras, out_features, max_rank], the parts' one behind the other. Zero from a part's rank on.
+        b: [max_loras, max_rank, out_features], B transposed, the parts' one beside the other; undefined from a part's
+            rank on.
         scale, shift: [max_loras, out_features] float32; undefined where a part's flags are not set.
         saved: [max_loras, out_features, in_features], of an embedding [max_loras, in_features, out_features]; None
             unless adapters may bring such.
@@ -128,7 +129,6 @@ class PlacedLora(LoraBackend):
         return sum(_tensor_bytes(shape, dtype) for slot in self._slots for shape, dtype in self._shapes(slot).values())
 
     def allocate(self) -> None:
-        # Zeros: what lies beyond an adapter's rank is multiplied, and must be no NaN.
         for slot in self._slots:
             for name, (shape, dtype) in self._shapes(slot).items():
                 setattr(slot, name, torch.zeros(shape, dtype=dtype, device=self.limits.device))
@@ -139,7 +139,7 @@ class PlacedLora(LoraBackend):
         embeds = slot.kind == "embedding"
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "a": ((num, ins, rank) if embeds else (num, parts * rank, ins), dtype),
-            "b": ((num, outs, rank), dtype),
+            "b": ((num, rank, outs), dtype),
             "scale": ((num, outs), torch.float32),
             "shift": ((num, outs), torch.float32),
             "table": ((num, 2 + 5 * parts), torch.int32),
@@ -187,13 +187,10 @@ class PlacedLora(LoraBackend):
         a = low_rank.a[:, part.input_start : part.input_start + part.in_features]
         if slot.kind == "embedding":
             _copy(slot.a[position, :, :rank], a.t())
-            slot.a[position, :, rank:].zero_()
         else:
             _copy(slot.a[position, change.start : change.start + rank], a)
         rows = slice(part.output_start, part.output_start + part.out_features)
-        b = slot.b[position, change.outputs]
-        _copy(b[:, :rank], low_rank.b[rows])
-        b[:, rank:].zero_()
+        _copy(slot.b[position, :rank, change.outputs], low_rank.b[rows].t())
         for target, values in ((slot.scale, low_rank.scale), (slot.shift, low_rank.shift)):
             if values is not None:
                 _copy(target[position, change.outputs], values[rows])

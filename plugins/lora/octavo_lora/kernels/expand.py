@@ -37,7 +37,7 @@ def expand_kernel(
     BLOCK_RANKS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
 ):
-    """y[order[i], n] = (y[order[i], n] + sum_r h[i, r] * b[position, n, r]) * scale[position, n] + shift[position, n].
+    """y[order[i], n] = (y[order[i], n] + sum_r h[i, r] * b[position, r, n]) * scale[position, n] + shift[position, n].
 
     h[i, r] = sum_s shrunk[s, i, start + r] in the order of s. One program owns one tile of places i and BLOCK_OUTPUTS
     outputs n of one part; it ends at once where no adapter changes the part. The table says a part's start, rank r,
@@ -62,7 +62,8 @@ def expand_kernel(
     row = tl.load(order_ptr + place, mask=is_row, other=0)
     mask = is_row[:, None] & is_output[None, :]
     y = y_ptr + row.to(tl.int64)[:, None] * stride_y + output[None, :]
-    outputs = position.to(tl.int64) * out_features + output
+    position = position.to(tl.int64)
+    outputs = position * out_features + output
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
     for first in range(0, num_part_ranks, BLOCK_RANKS):
         rank = first + tl.arange(0, BLOCK_RANKS)
@@ -73,9 +74,8 @@ def expand_kernel(
             h += tl.load(
                 shrunk_ptr + places + (start + rank)[None, :], mask=is_row[:, None] & is_rank[None, :], other=0.0
             )
-        b = tl.load(
-            b_ptr + outputs[None, :] * max_rank + rank[:, None], mask=is_output[None, :] & is_rank[:, None], other=0.0
-        )
+        b_rows = b_ptr + (position * max_rank + rank)[:, None] * out_features
+        b = tl.load(b_rows + output[None, :], mask=is_output[None, :] & is_rank[:, None], other=0.0)
         total = tl.dot(h, b.to(tl.float32), total, input_precision=PRECISION)
     total += tl.load(y, mask=mask, other=0.0).to(tl.float32)
     total *= tl.load(scale_ptr + outputs, mask=is_output & ((flags & 1) != 0), other=1.0)[None, :]
@@ -91,11 +91,11 @@ def expand(shrunk: Tensor, slot: Slot, output: Tensor, tiles: Tiles) -> None:
         output: [num_rows, out_features], rows contiguous; changed in place.
     """
     num_splits, num_rows, num_ranks = shrunk.shape
-    _, out_features, max_rank = slot.b.shape
+    _, max_rank, out_features = slot.b.shape
     widest = max(part.out_features for part in slot.parts)
     # An adapter of 16 bits is exact in tf32, which keeps three bits more of h than bfloat16 would.
     exact = output.dtype is torch.float32
-    outputs = 2 * tiles.block_rows if exact else 1024 // tiles.block_rows  # the most that spill nothing
+    outputs = 64 if exact else 2048 // tiles.block_rows  # the most that spill nothing
     expand_kernel[(triton.cdiv(widest, outputs), len(tiles.table), len(slot.parts))](
         shrunk,
         slot.b,
