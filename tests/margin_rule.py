@@ -25,6 +25,9 @@ WORKLOADS = Path(__file__).parent.parent / "benchmarks" / "workloads"
 NextTokens = Callable[[list[list[int]]], list[int]]
 """The greedy next token of each of many token lists: the variant under test, asked step by step."""
 
+Adapters = str | Sequence[str | None] | None
+"""The LoRA adapter of all requests, or of each."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
@@ -95,11 +98,12 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
 
 
-def generate(llm: LLM, references: Sequence[Reference]) -> list[RequestOutput]:
+def generate(llm: LLM, references: Sequence[Reference], adapter: Adapters = None) -> list[RequestOutput]:
     """The references' requests, all at once: as many greedy tokens for each as the reference has."""
     return llm.generate(
         [reference.prompt_token_ids for reference in references],
         [greedy(len(reference.token_ids)) for reference in references],
+        adapter=adapter,
     )
 
 
@@ -107,11 +111,11 @@ def token_ids_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-def next_tokens_of(llm: LLM) -> NextTokens:
+def next_tokens_of(llm: LLM, adapter: str | None = None) -> NextTokens:
     """Ask `llm` for the greedy next token of many token lists."""
 
     def next_tokens(token_lists: list[list[int]]) -> list[int]:
-        return [token_ids[0] for token_ids in token_ids_of(llm.generate(token_lists, greedy(1)))]
+        return [token_ids[0] for token_ids in token_ids_of(llm.generate(token_lists, greedy(1), adapter=adapter))]
 
     return next_tokens
 

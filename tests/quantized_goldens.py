@@ -164,10 +164,11 @@ def check_weights(llm: LLM, oracle: Oracle) -> None:
         assert (sums - wanted).abs().max() <= allowed, f"{name}: sums {sums.tolist()}, wanted {wanted.tolist()}"
 
 
-def check_logits(llm: LLM, oracle: Oracle) -> None:
+def check_logits(llm: LLM, oracle: Oracle, adapter: str | None = None) -> None:
     """The logprobs of the whole vocabulary after each prompt are the recorded ones."""
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False, logprobs=-1)
-    outputs = llm.generate([reference.prompt_token_ids for reference in oracle.references], params)
+    prompts = [reference.prompt_token_ids for reference in oracle.references]
+    outputs = llm.generate(prompts, params, adapter=adapter)
     tolerance = TOLERANCES[llm.manifest.dtype]
     for reference, output, logits in zip(oracle.references, outputs, oracle.logits, strict=True):
         assert output.outputs[0].logprobs is not None
@@ -177,10 +178,11 @@ def check_logits(llm: LLM, oracle: Oracle) -> None:
         assert error <= tolerance, f"{reference.name}: a logprob is off by {error:.4f}, allowed is {tolerance}"
 
 
-def check_tokens(llm: LLM, oracle: Oracle) -> None:
+def check_tokens(llm: LLM, oracle: Oracle, adapter: str | None = None) -> None:
     """The greedy tokens are the recorded ones, wherever the margin allows only one."""
-    found = margin_rule.token_ids_of(margin_rule.generate(llm, oracle.references))
-    margin_rule.check(oracle.references, found, margin_rule.next_tokens_of(llm), margin=MARGINS[llm.manifest.dtype])
+    found = margin_rule.token_ids_of(margin_rule.generate(llm, oracle.references, adapter))
+    next_tokens = margin_rule.next_tokens_of(llm, adapter)
+    margin_rule.check(oracle.references, found, next_tokens, margin=MARGINS[llm.manifest.dtype])
 
 
 def _method_and_tensors(llm: LLM) -> tuple[QuantizationMethod, Mapping[str, Tensor]]:
