@@ -149,7 +149,7 @@ def outputs_of(size: int, with_adapters: bool) -> Forward:
 
 
 def test_no_size_is_begun_after_the_time_is_over_and_the_largest_comes_first() -> None:
-    captured = DecodeGraphs(plan_of((1, 2, 4, 8), max_seconds=0.0), serves_adapters=False).capture(outputs_of)
+    captured = DecodeGraphs(plan_of((1, 2, 4, 8), max_seconds=0.0), with_adapters=False).capture(outputs_of)
     assert captured == [8]
 
 
@@ -160,7 +160,7 @@ def test_small_sizes_are_captured_before_those_in_between(monkeypatch: pytest.Mo
         order.append(size)
         return outputs_of(size, with_adapters)
 
-    DecodeGraphs(plan_of((1, 2, 4, 8)), serves_adapters=False).capture(prepare)
+    DecodeGraphs(plan_of((1, 2, 4, 8)), with_adapters=False).capture(prepare)
     assert order == [8, 1, 2, 4]
 
 
@@ -170,12 +170,12 @@ def test_no_size_is_begun_after_the_memory_is_spent(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         graphs, "device_memory", lambda _: type(memory)(free_bytes=next(free), total_bytes=memory.total_bytes)
     )
-    assert DecodeGraphs(plan_of((1, 2, 4, 8), max_share=0.15), serves_adapters=False).capture(outputs_of) == [1, 8]
+    assert DecodeGraphs(plan_of((1, 2, 4, 8), max_share=0.15), with_adapters=False).capture(outputs_of) == [1, 8]
 
 
 def test_capturing_logs_time_and_memory_beside_what_is_allowed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="octavo.runner.graphs"):
-        DecodeGraphs(plan_of((1, 8), max_seconds=0.0), serves_adapters=False).capture(outputs_of)
+        DecodeGraphs(plan_of((1, 8), max_seconds=0.0), with_adapters=False).capture(outputs_of)
     (message,) = caplog.messages
     assert message.startswith("Captured decode steps of 8 requests in 0.0")
     assert "of 0 s allowed" in message

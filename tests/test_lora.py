@@ -154,6 +154,16 @@ def test_captured_steps_with_adapters_and_without_give_the_tokens_of_plain_ones(
         assert set(variants) == {any(mix)}
 
 
+def test_steps_with_adapters_of_a_backend_that_no_graph_can_hold_are_computed_anew(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = tokens(make_llm(lora_modules={"one": "one"}).generate(PROMPTS, GREEDY, adapter="one"))
+    monkeypatch.setattr(PlainLora, "can_be_captured", False)
+    capture_on_cpu(monkeypatch, (1, 2, 4, 8))
+    monkeypatch.setattr(DecodeGraphs, "replay", lambda *_: pytest.fail("there is no such graph"))
+    assert tokens(make_llm(lora_modules={"one": "one"}).generate(PROMPTS, GREEDY, adapter="one")) == wanted
+
+
 def test_a_batch_without_adapters_plans_nothing(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Any] = []
     monkeypatch.setattr(PlainLora, "plan", lambda self, positions, captured=False: plans.append(positions))

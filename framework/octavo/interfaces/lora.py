@@ -149,8 +149,10 @@ class LoraBackend(ABC):
     Attributes:
         active: whether layers are to call `apply`: set by `plan`.
         acts_on_head: whether any adapter at a position changes the head.
+        can_be_captured: whether a CUDA graph can hold what `apply` launches; else steps with adapters are not captured.
     """
 
+    can_be_captured: bool = True
     active: bool = False
     acts_on_head: bool = False
 

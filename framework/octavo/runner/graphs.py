@@ -46,11 +46,11 @@ class GraphPlan:
 
 
 class DecodeGraphs:
-    """The captured steps by their number of requests, each without LoRA adapters and, where they are served, with."""
+    """The captured steps by their number of requests, each without LoRA adapters and, where asked for, with."""
 
-    def __init__(self, plan: GraphPlan, serves_adapters: bool) -> None:
+    def __init__(self, plan: GraphPlan, with_adapters: bool) -> None:
         self._plan = plan
-        self._variants = (False, True) if serves_adapters else (False,)
+        self.variants = (False, True) if with_adapters else (False,)
         self._replays: dict[tuple[int, bool], Forward] = {}
 
     @property
@@ -75,7 +75,7 @@ class DecodeGraphs:
             spent = time.monotonic() - start > plan.max_seconds or taken_bytes > max_bytes
             if self._replays and spent:
                 break
-            for with_adapters in self._variants:
+            for with_adapters in self.variants:
                 self._replays[size, with_adapters] = plan.capture(prepare(size, with_adapters))
             taken_bytes = free_bytes - device_memory(plan.device).free_bytes
         captured = sorted({size for size, _ in self._replays})

@@ -86,7 +86,7 @@ class ModelRunner:
         self._last_sampled = torch.zeros(limits.max_num_requests, dtype=torch.int64, device=limits.device)  # by row
         self._graphs = None
         if graph_plan is not None and attention.graph_mode == "decode" and model.can_be_captured:
-            self._graphs = DecodeGraphs(graph_plan, serves_adapters=lora is not None)
+            self._graphs = DecodeGraphs(graph_plan, with_adapters=lora is not None and lora.can_be_captured)
         self._batch = PersistentBatch(limits, self._graphs.max_size if self._graphs is not None else 0)
 
     @torch.inference_mode()
@@ -225,11 +225,14 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """(hidden, residual) of the last layer, [num_tokens, hidden_size] each."""
         self._attention.plan(inputs.layout, self._attention_state)
-        self._plan_adapters(inputs.adapter_positions, captured=inputs.graph_size is not None)
-        if inputs.graph_size is not None:
-            assert self._graphs is not None
-            return self._graphs.replay(inputs.graph_size, inputs.adapter_positions is not None)
-        return self._compute(inputs)
+        with_adapters = inputs.adapter_positions is not None
+        graphs = self._graphs if inputs.graph_size is not None else None
+        if graphs is not None and with_adapters not in graphs.variants:
+            graphs = None  # a padded step can be computed as any other
+        self._plan_adapters(inputs.adapter_positions, captured=graphs is not None)
+        if graphs is None or inputs.graph_size is None:
+            return self._compute(inputs)
+        return graphs.replay(inputs.graph_size, with_adapters)
 
     def _head(self, hidden: Tensor, residual: Tensor, positions: Array | None) -> Tensor:
         """The logits of some of a step's rows; `positions` are of their adapters, as in StepInputs."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from octavo.testing.attention import AttentionSuite as AttentionSuite
     from octavo.testing.kernels import KernelsSuite as KernelsSuite
     from octavo.testing.linear_kernel import LinearKernelSuite as LinearKernelSuite
+    from octavo.testing.lora import LoraSuite as LoraSuite
     from octavo.testing.model import ModelSuite as ModelSuite
     from octavo.testing.quantization import QuantizationSuite as QuantizationSuite
     from octavo.testing.run import run_suite as run_suite
@@ -39,6 +40,7 @@ _MODULES = {
     "attention": ("AttentionSuite",),
     "kernels": ("KernelsSuite",),
     "linear_kernel": ("LinearKernelSuite",),
+    "lora": ("LoraSuite",),
     "model": ("ModelSuite",),
     "quantization": ("QuantizationSuite",),
     "run": ("run_suite",),

@@ -33,6 +33,8 @@ class TorchLora(PlacedLora):
     The compiled loops round nothing but the output.
     """
 
+    can_be_captured = False  # what is launched depends on which rows have an adapter
+
     def __init__(self, limits: LoraLimits) -> None:
         super().__init__(limits)
         self._all = _Sorted(order=None, groups=[])
@@ -45,7 +47,7 @@ class TorchLora(PlacedLora):
             self._native = NativeLora.of(slot for slot in self._slots if slot.kind == "linear")
 
     def plan(self, positions: NDArray[np.int32] | None, *, captured: bool = False) -> None:
-        assert not captured, "what is launched depends on which rows have an adapter, so no CUDA graph can hold it"
+        assert not captured, "no CUDA graph can hold it"
         self.active = False
         if positions is None:
             return
