@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import quantized_goldens as goldens
+from margin_rule import check, generate, next_tokens_of, token_ids_of
 
 # Without the plugin that reads a format, what remains is tested.
 FORMATS = {"gptq": "octavo_quant_gptq", "awq": "octavo_quant_awq", "squeezellm": "octavo_quant_squeezellm"}
@@ -33,11 +34,9 @@ def test_logits_and_tokens_are_those_of_peft(path: Path, linear_kernel: str) -> 
 @pytest.mark.parametrize("path", BASES, ids=lambda path: path.name)
 def test_requests_without_the_adapter_get_the_base_beside_those_with_it(path: Path) -> None:
     with_adapter, plain = goldens.read_oracle(path, ADAPTER).references, goldens.read_oracle(path).references
+    in_turns = [reference for pair in zip(with_adapter, plain, strict=True) for reference in pair]
     with goldens.make_llm(path, enable_lora=True, max_loras=1) as llm:
         llm.load_adapter(ADAPTER, str(path / "oracle" / ADAPTER))
-        adapters = [*([ADAPTER] * len(with_adapter)), *([None] * len(plain))]
-        found = goldens.margin_rule.token_ids_of(goldens.margin_rule.generate(llm, [*with_adapter, *plain], adapters))
-        check, next_tokens_of = goldens.margin_rule.check, goldens.margin_rule.next_tokens_of
-        margin = goldens.MARGINS["float32"]
-        check(with_adapter, found[: len(with_adapter)], next_tokens_of(llm, ADAPTER), margin)
-        check(plain, found[len(with_adapter) :], next_tokens_of(llm), margin)
+        found = token_ids_of(generate(llm, in_turns, [ADAPTER, None] * len(plain)))
+        check(with_adapter, found[::2], next_tokens_of(llm, ADAPTER), goldens.MARGINS["float32"])
+        check(plain, found[1::2], next_tokens_of(llm), goldens.MARGINS["float32"])
