@@ -78,13 +78,16 @@ class SmallLora(LoraBackend):
 
     def changed(self, adapter: AdapterWeights, part: LoraPart, kind: str, x: Tensor, y: Tensor) -> Tensor:
         if (whole := adapter.saved.get(part.module)) is not None:
-            y = whole[x].float() if kind == "embedding" else whole.float() @ x.float()
+            y = whole[x].float() if kind == "embedding" else whole[self.rows(part)].float() @ x.float()
         if (low_rank := adapter.low_ranks.get(part.module)) is None:
             return y
-        rows = slice(part.output_start, part.output_start + part.out_features)
+        rows = self.rows(part)
         a = low_rank.a[:, part.input_start : part.input_start + part.in_features].float()
         y = self.sum(y, low_rank.b[rows].float() @ (a[:, x] if kind == "embedding" else a @ x.float()))
         return self.finish(y, low_rank, rows)
+
+    def rows(self, part: LoraPart) -> slice:
+        return slice(part.output_start, part.output_start + part.out_features)
 
     def sum(self, y: Tensor, delta: Tensor) -> Tensor:
         return y + delta
@@ -142,6 +145,20 @@ class ForgetsCapturedPlans(SmallLora):
             self.positions = before
 
 
+class ForgetsThePlanWhenItIsCalled(SmallLora):
+    def apply(self, slot: object, x: Tensor, output: Tensor) -> Tensor:
+        applied = super().apply(slot, x, output)
+        self.positions = np.full_like(self.positions, NO_ADAPTER)
+        return applied
+
+
+class ForgetsTheLastRowOfFour(SmallLora):
+    def plan(self, positions: NDArray[np.int32] | None, *, captured: bool = False) -> None:
+        if positions is not None and len(positions) % 4 == 0:
+            positions = np.append(positions[:-1], NO_ADAPTER)
+        super().plan(positions, captured=captured)
+
+
 class SpreadsNaN(SmallLora):
     def apply(self, slot: object, x: Tensor, output: Tensor) -> Tensor:
         applied = super().apply(slot, x, output)
@@ -178,6 +195,25 @@ class SumsInBfloat16(SmallLora):
         return y + low_rank.b[:, 0].float() * total.float()
 
 
+class PassesOverModulesOfNoRank(SmallLora):
+    def finish(self, y: Tensor, low_rank: LowRank, rows: slice) -> Tensor:
+        return super().finish(y, low_rank, rows) if len(low_rank.a) else y
+
+
+class TakesTheFirstPartsRankForAll(SmallLora):
+    def apply(self, slot: object, x: Tensor, output: Tensor) -> Tensor:
+        assert isinstance(slot, Slot)
+        self.first = slot.parts[0].module
+        return super().apply(slot, x, output)
+
+    def changed(self, adapter: AdapterWeights, part: LoraPart, kind: str, x: Tensor, y: Tensor) -> Tensor:
+        if self.first in adapter.low_ranks and part.module in adapter.low_ranks:
+            rank, own = len(adapter.low_ranks[self.first].a), adapter.low_ranks[part.module]
+            cut = replace(own, a=own.a.flip(0)[:rank], b=own.b.flip(1)[:, :rank])
+            adapter = replace(adapter, low_ranks={part.module: cut})
+        return super().changed(adapter, part, kind, x, y)
+
+
 # ------------------------------------------------------------------------------------------------ parts and shares
 
 
@@ -189,6 +225,11 @@ class IgnoresOutputStart(SmallLora):
 class IgnoresInputStart(SmallLora):
     def changed(self, adapter: AdapterWeights, part: LoraPart, kind: str, x: Tensor, y: Tensor) -> Tensor:
         return super().changed(adapter, replace(part, input_start=0), kind, x, y)
+
+
+class TakesTheFirstRowsOfASavedHead(SmallLora):
+    def changed(self, adapter: AdapterWeights, part: LoraPart, kind: str, x: Tensor, y: Tensor) -> Tensor:
+        return super().changed(adapter, replace(part, output_start=0) if kind == "head" else part, kind, x, y)
 
 
 class ChangesPartsThatAreLeftOut(SmallLora):
@@ -210,6 +251,21 @@ class KeepsModulesOfTheTenantBefore(SmallLora):
         if before is not None and adapter is not None:
             adapter = replace(adapter, low_ranks={**before.low_ranks, **adapter.low_ranks})
         super().place(position, adapter)
+
+
+class KeepsTheRankOfTheTenantBefore(SmallLora):
+    def place(self, position: int, adapter: AdapterWeights | None) -> None:
+        before = self.placed.get(position)
+        super().place(position, adapter)
+        if before is not None and adapter is not None:
+            placed = self.placed[position]
+            low_ranks = dict(placed.low_ranks)
+            for name in low_ranks.keys() & before.low_ranks.keys():
+                own, old = low_ranks[name], before.low_ranks[name]
+                rest = len(own.a)
+                a, b = torch.cat([own.a, old.a[rest:]]), torch.cat([own.b, old.b[:, rest:]], dim=1)
+                low_ranks[name] = replace(own, a=a, b=b)
+            self.placed[position] = replace(placed, low_ranks=low_ranks)
 
 
 class KeepsTheShiftOfTheTenantBefore(SmallLora):
@@ -273,6 +329,11 @@ class CountsWhatItTookOnly(SmallLora):
         return super().num_bytes * (1 + self.allocated)
 
 
+class TakesMoreThanItCounts(SmallLora):
+    def allocate(self) -> None:
+        self.scratch = torch.zeros(self.num_bytes // self.limits.dtype.itemsize, dtype=self.limits.dtype)
+
+
 MUTANTS: dict[type[LoraBackend], str] = {
     TakesTheNextRowsAdapter: "each_row_gets_its_own_adapter",
     GivesTheFirstRowsAdapterToAll: "each_row_gets_its_own_adapter",
@@ -281,16 +342,22 @@ MUTANTS: dict[type[LoraBackend], str] = {
     RoundsRowsWithoutAnAdapter: "rows_without_an_adapter_keep_their_bits",
     StaysActive: "a_plan_says_whether_it_is_to_be_called",
     ForgetsCapturedPlans: "a_plan_of_a_captured_step_gives_what_another_gives",
+    ForgetsThePlanWhenItIsCalled: "a_plan_serves_every_slot_of_a_step",
+    ForgetsTheLastRowOfFour: "each_row_gets_its_own_adapter_in_any_mix",
     SpreadsNaN: "other_rows_that_are_not_numbers_leave_a_row_alone",
     ForgetsScale: "each_row_gets_its_own_adapter",
     ForgetsShift: "each_row_gets_its_own_adapter",
     ShiftsBeforeItScales: "each_row_gets_its_own_adapter",
     SumsInBfloat16: "products_are_summed_in_float32",
+    PassesOverModulesOfNoRank: "each_row_gets_its_own_adapter",
+    TakesTheFirstPartsRankForAll: "each_row_gets_its_own_adapter",
     IgnoresOutputStart: "shares_of_the_outputs_stand_beside_each_other",
     IgnoresInputStart: "shares_of_the_inputs_add_up",
+    TakesTheFirstRowsOfASavedHead: "shares_of_the_outputs_stand_beside_each_other",
     ChangesPartsThatAreLeftOut: "parts_that_an_adapter_leaves_out_keep_their_bits",
     IgnoresSavedWeights: "an_adapters_own_embedding_and_head_replace_the_bases",
     KeepsModulesOfTheTenantBefore: "a_position_has_nothing_of_who_had_it_before",
+    KeepsTheRankOfTheTenantBefore: "a_position_has_nothing_of_who_had_it_before",
     KeepsTheShiftOfTheTenantBefore: "a_position_has_nothing_of_who_had_it_before",
     KeepsWhatWasTakenAway: "an_emptied_position_changes_nothing",
     KeepsTheHostsTensors: "what_is_placed_is_a_copy",
@@ -298,4 +365,5 @@ MUTANTS: dict[type[LoraBackend], str] = {
     AlwaysActsOnTheHead: "it_says_whether_an_adapter_changes_the_head",
     CountsOnePosition: "memory_is_counted_before_it_is_taken",
     CountsWhatItTookOnly: "memory_is_counted_before_it_is_taken",
+    TakesMoreThanItCounts: "no_more_memory_is_taken_than_is_counted",
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from octavo.interfaces.lora import NO_ADAPTER, AdapterWeights, LoraBackend, LoraPart, LowRank
 from octavo.lora.adapter import AdapterInfo
@@ -16,6 +20,7 @@ HIDDEN = 48
 WIDE = 80
 VOCAB = 61
 MAX_RANK = 8
+MAX_ROWS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,25 +89,32 @@ def adapter_of(
     dtype: torch.dtype,
     scaled: bool = False,
     shifted: bool = False,
+    varied: bool = False,
     leave_out: Collection[str] = (),
     saved: Collection[str] = (),
 ) -> AdapterWeights:
-    """Drawn from the seed, of one rank, for every module but those left out ("embed" and "head" for short)."""
+    """Drawn from the seed, for every module but those left out ("embed" and "head" for short).
+
+    Args:
+        rank: of every module; where they are varied, the largest, and they go up to it from 0 in turn.
+        scaled, shifted: every module; where they are varied, some of them.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    low_ranks = {
-        name: LowRank(
-            a=draw(rank, ins).to(dtype),
-            b=(draw(outs, rank) / rank**0.5 / 4).to(dtype),
-            scale=draw(outs) + 2 if scaled else None,
-            shift=draw(outs) if shifted else None,
+    low_ranks = {}
+    for index, (name, (ins, outs)) in enumerate(modules().items()):
+        own = index % (rank + 1) if varied else rank
+        low_rank = LowRank(
+            a=draw(own, ins).to(dtype),
+            b=(draw(outs, own) / rank**0.5 / 4).to(dtype),
+            scale=draw(outs) + 2 if scaled and not (varied and index % 2) else None,
+            shift=draw(outs) if shifted and (not varied or index % 3) else None,
         )
-        for name, (ins, outs) in modules().items()
-        if _SHORT.get(name, name) not in leave_out
-    }
+        if _SHORT.get(name, name) not in leave_out:
+            low_ranks[name] = low_rank
     wholes = {
         name: (draw(ins, outs) if name == "model.embed_tokens" else draw(outs, ins)).to(dtype)
         for name, (ins, outs) in modules().items()
@@ -169,3 +181,92 @@ def _add(low_rank: LowRank, part: LoraPart, embeds: bool, x: Tensor, wanted: Ten
         shift = low_rank.shift.double().to(x.device)[rows]
         wanted += shift
         sizes += shift.abs()
+
+
+class Scene:
+    """A backend with the suite's slots, and what is at its positions."""
+
+    def __init__(self, backend: LoraBackend, tolerance: float, slots: Sequence[DrawnSlot] = SLOTS) -> None:
+        self.backend = backend
+        self.tolerance = tolerance
+        self.placed: dict[int, AdapterWeights] = {}
+        self._slots = {slot.name: slot.make(backend) for slot in slots}
+        backend.allocate()
+
+    def place(self, position: int, adapter: AdapterWeights) -> None:
+        self.placed[position] = adapter
+        self.backend.place(position, adapter)
+
+    def inputs(self, slot: DrawnSlot, num_rows: int) -> tuple[Tensor, Tensor]:
+        """(x or token ids, output) of so many rows; those of fewer are the first of them."""
+        limits, generator = self.backend.limits, torch.Generator().manual_seed(3)
+        many = max(num_rows, MAX_ROWS)
+        output = torch.randn(many, slot.out_features, generator=generator).to(limits.device, limits.dtype)
+        if slot.kind == "embedding":
+            x = torch.randint(0, VOCAB, (many,), generator=generator).to(limits.device)
+        else:
+            x = torch.randn(many, slot.in_features, generator=generator).to(limits.device, limits.dtype)
+        return x[:num_rows].clone(), output[:num_rows].clone()
+
+    def apply(self, slot: DrawnSlot, positions: Sequence[int], x: Tensor, output: Tensor) -> Tensor:
+        self.backend.plan(np.array(positions, np.int32))
+        return self.apply_again(slot, x, output)
+
+    def apply_again(self, slot: DrawnSlot, x: Tensor, output: Tensor) -> Tensor:
+        """By the plan there is."""
+        if not self.backend.active:
+            return output
+        made = self._slots[slot.name]
+        if slot.kind == "embedding":
+            return self.backend.apply_embedding(made, x, output)
+        return self.backend.apply(made, x, output)
+
+    def compute(self, slot: DrawnSlot, positions: Sequence[int], first_row: int = 0) -> tuple[Tensor, Tensor]:
+        """(output as it was, what became of it), of rows from the first."""
+        x, output = self.inputs(slot, first_row + len(positions))
+        x, output = x[first_row:], output[first_row:]
+        return output.clone(), self.apply(slot, positions, x, output)
+
+    def size(self, slot: DrawnSlot, positions: Sequence[int], first_row: int = 0, zero_output: bool = False) -> Tensor:
+        """Sums of the magnitudes that each number is made of, float64."""
+        x, output = self.inputs(slot, first_row + len(positions))
+        output = output * 0 if zero_output else output
+        return reference(slot, self.placed, positions, x[first_row:], output[first_row:])[1]
+
+    def check(self, slot: DrawnSlot, positions: Sequence[int], captured: bool = False) -> None:
+        self.backend.plan(np.array(positions, np.int32), captured=captured)
+        self.check_again(slot, positions)
+
+    def check_again(self, slot: DrawnSlot, positions: Sequence[int]) -> None:
+        """By the plan there is, which was made of these positions."""
+        x, output = self.inputs(slot, len(positions))
+        wanted, size = reference(slot, self.placed, positions, x, output)
+        found = self.apply_again(slot, x, output)
+        where = f"{slot.name}, rows of positions {list(positions)}, {output.dtype}"
+        assert found.dtype == output.dtype, f"{where}: it gives {found.dtype}"
+        assert found.shape == wanted.shape, f"{where}: it gives {tuple(found.shape)}, {tuple(wanted.shape)} is wanted"
+        excess = (found.double() - wanted).abs() - self.tolerance * size
+        row = int(excess.max(dim=1).values.argmax())
+        error = (found[row].double() - wanted[row]).abs().max()
+        assert excess.max() <= 0, f"{where}: row {row}, of position {positions[row]}, is off by {error}"
+
+
+class TensorsMade(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the tensors that are made while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        self._made += [weakref.ref(one) for one in tree_leaves(made) if isinstance(one, Tensor)]
+        return made
+
+    def num_bytes(self, device: str) -> int:
+        """Of those on a device that are still there, each storage once."""
+        kept = [one for made in self._made if (one := made()) is not None and one.device.type == device]
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
+        return sum(storages.values())

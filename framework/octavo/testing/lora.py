@@ -12,32 +12,33 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from octavo.interfaces.lora import NO_ADAPTER, AdapterWeights, LoraBackend, LoraLimits
 from octavo.plugins.specs import LoraSpec, Need
 from octavo.testing.drawn_adapters import (
     HIDDEN,
     MAX_RANK,
+    MAX_ROWS,
     SLOTS,
-    VOCAB,
     DrawnSlot,
+    Scene,
+    TensorsMade,
     adapter_of,
-    reference,
     share,
 )
 from octavo.testing.suite import Suite
 
 DTYPES = ("float32", "bfloat16", "float16")
 _NUM_POSITIONS = 4
-_MAX_ROWS = 80
 _MIXES: Mapping[str, list[int]] = {
     "one row": [2],
     "one adapter for all": [1] * 9,
     "no adapter at either end": [NO_ADAPTER, 0, 0, 3, NO_ADAPTER],
     "in no order": [3, 0, NO_ADAPTER, 2, 0, 1, NO_ADAPTER, 3, 0, 2, 2],
     "a long one beside short ones": [0] * 40 + [1, 2, NO_ADAPTER, 3],
-    "as many rows as there may be": [position % 5 - 1 for position in range(_MAX_ROWS)],
+    "as many rows as there may be": [position % 5 - 1 for position in range(MAX_ROWS)],
 }
 
 
@@ -82,7 +83,7 @@ class LoraSuite(Suite):
         return LoraLimits(
             max_loras=_NUM_POSITIONS,
             max_lora_rank=MAX_RANK,
-            max_num_rows=_MAX_ROWS,
+            max_num_rows=MAX_ROWS,
             dtype=getattr(torch, dtype),
             device=self.device,
             modules_to_save=modules_to_save,
@@ -108,13 +109,13 @@ class LoraSuite(Suite):
         return scene
 
     def _adapters(self, dtype: str) -> list[AdapterWeights]:
-        """Of every rank, with and without scales and shifts; of some modules only."""
+        """Of one rank and of several, down to none; with and without scales and shifts; of some modules only."""
         of: torch.dtype = getattr(torch, dtype)
         return [
-            adapter_of(1, 4, dtype=of),
+            adapter_of(1, 5, dtype=of),
             adapter_of(2, MAX_RANK, dtype=of, scaled=True),
             adapter_of(3, 1, dtype=of, shifted=True, leave_out=("q", "up", "embed")),
-            adapter_of(4, 5, dtype=of, scaled=True, shifted=True, leave_out=("k", "head")),
+            adapter_of(4, 4, dtype=of, scaled=True, shifted=True, varied=True, leave_out=("k", "head")),
         ]
 
     def _mixes(self) -> list[list[int]]:
@@ -138,6 +139,20 @@ class LoraSuite(Suite):
         matrices = sum(part.in_features + part.out_features for slot in SLOTS for part in slot.parts)
         least = _NUM_POSITIONS * MAX_RANK * matrices * backend.limits.dtype.itemsize
         assert counted >= least, f"both matrices of every part at every position take {least} bytes"
+
+    def test_no_more_memory_is_taken_than_is_counted(self) -> None:
+        dtype = self.dtypes()[0]
+        for saves in (False, True):
+            backend = self.make(self.limits(dtype, modules_to_save=saves))
+            for slot in SLOTS:
+                slot.make(backend)
+            adapter = adapter_of(1, MAX_RANK, dtype=getattr(torch, dtype))
+            with TensorsMade() as made:
+                backend.allocate()
+                for position in range(_NUM_POSITIONS):
+                    backend.place(position, adapter)
+            taken, counted = made.num_bytes(torch.device(self.device).type), backend.num_bytes
+            assert taken <= counted * 17 // 16, f"{taken} bytes are taken and {counted} counted"
 
     def test_memory_grows_with_the_number_of_positions(self) -> None:
         def num_bytes(max_loras: int) -> int:
@@ -165,6 +180,18 @@ class LoraSuite(Suite):
             for positions in self._mixes():
                 for slot in SLOTS:
                     scene.check(slot, positions)
+
+    def test_each_row_gets_its_own_adapter_in_any_mix(self) -> None:
+        scene = self._scene()
+
+        longest, examples = (8, 12) if self.small else (MAX_ROWS, 40)
+
+        @settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+        @given(st.lists(st.integers(NO_ADAPTER, _NUM_POSITIONS - 1), min_size=1, max_size=longest))
+        def check(positions: list[int]) -> None:
+            scene.check(SLOTS[0], positions)
+
+        check()
 
     def test_rows_without_an_adapter_keep_their_bits(self) -> None:
         for dtype in self.dtypes():
@@ -275,6 +302,13 @@ class LoraSuite(Suite):
         backend.plan(None)
         assert not backend.active
 
+    def test_a_plan_serves_every_slot_of_a_step(self) -> None:
+        scene = self._scene()
+        positions = [3, 0, NO_ADAPTER, 1]
+        scene.backend.plan(np.array(positions, np.int32))
+        for slot in (*SLOTS, *SLOTS):
+            scene.check_again(slot, positions)
+
     def test_a_plan_may_be_of_more_or_fewer_rows_than_the_one_before(self) -> None:
         scene = self._scene()
         for num_rows in (9, 2, 30, 1):
@@ -291,8 +325,10 @@ class LoraSuite(Suite):
     # ------------------------------------------------------------------------------------------- shares and saved
 
     def test_shares_of_the_outputs_stand_beside_each_other(self) -> None:
-        scene = self._scene()
-        for slot in (one for one in SLOTS if one.kind == "linear"):
+        dtype: torch.dtype = getattr(torch, self.dtypes()[0])
+        saves = adapter_of(5, 3, dtype=dtype, leave_out=("head",), saved=("lm_head",))
+        scene = self._scene(adapters=[*self._adapters(self.dtypes()[0])[:3], saves], saves=True)
+        for slot in (one for one in SLOTS if one.kind != "embedding"):
             halves = [share(slot, outputs=index, of=2) for index in range(2)]
             self._check_shares(scene, slot, halves)
 
@@ -342,64 +378,3 @@ class LoraSuite(Suite):
         scene.place(0, adapter_of(6, 2, dtype=dtype))
         for slot in (one for one in SLOTS if one.kind != "linear"):
             scene.check(slot, [0, 1, NO_ADAPTER, 0])
-
-
-class Scene:
-    """A backend with the suite's slots, and what is at its positions."""
-
-    def __init__(self, backend: LoraBackend, tolerance: float, slots: Sequence[DrawnSlot] = SLOTS) -> None:
-        self.backend = backend
-        self.tolerance = tolerance
-        self.placed: dict[int, AdapterWeights] = {}
-        self._slots = {slot.name: slot.make(backend) for slot in slots}
-        backend.allocate()
-
-    def place(self, position: int, adapter: AdapterWeights) -> None:
-        self.placed[position] = adapter
-        self.backend.place(position, adapter)
-
-    def inputs(self, slot: DrawnSlot, num_rows: int) -> tuple[Tensor, Tensor]:
-        """(x or token ids, output) of so many rows; those of fewer are the first of them."""
-        limits, generator = self.backend.limits, torch.Generator().manual_seed(num_rows * 0 + 3)
-        many = max(num_rows, _MAX_ROWS)
-        output = torch.randn(many, slot.out_features, generator=generator).to(limits.device, limits.dtype)
-        if slot.kind == "embedding":
-            x = torch.randint(0, VOCAB, (many,), generator=generator).to(limits.device)
-        else:
-            x = torch.randn(many, slot.in_features, generator=generator).to(limits.device, limits.dtype)
-        return x[:num_rows].clone(), output[:num_rows].clone()
-
-    def apply(
-        self, slot: DrawnSlot, positions: Sequence[int], x: Tensor, output: Tensor, captured: bool = False
-    ) -> Tensor:
-        self.backend.plan(np.array(positions, np.int32), captured=captured)
-        if not self.backend.active:
-            return output
-        made = self._slots[slot.name]
-        if slot.kind == "embedding":
-            return self.backend.apply_embedding(made, x, output)
-        return self.backend.apply(made, x, output)
-
-    def compute(self, slot: DrawnSlot, positions: Sequence[int], first_row: int = 0) -> tuple[Tensor, Tensor]:
-        """(output as it was, what became of it), of rows from the first."""
-        x, output = self.inputs(slot, first_row + len(positions))
-        x, output = x[first_row:], output[first_row:]
-        return output.clone(), self.apply(slot, positions, x, output)
-
-    def size(self, slot: DrawnSlot, positions: Sequence[int], first_row: int = 0, zero_output: bool = False) -> Tensor:
-        """Sums of the magnitudes that each number is made of, float64."""
-        x, output = self.inputs(slot, first_row + len(positions))
-        output = output * 0 if zero_output else output
-        return reference(slot, self.placed, positions, x[first_row:], output[first_row:])[1]
-
-    def check(self, slot: DrawnSlot, positions: Sequence[int], captured: bool = False) -> None:
-        x, output = self.inputs(slot, len(positions))
-        wanted, size = reference(slot, self.placed, positions, x, output)
-        found = self.apply(slot, positions, x, output, captured)
-        where = f"{slot.name}, rows of positions {list(positions)}, {output.dtype}"
-        assert found.dtype == output.dtype, f"{where}: it gives {found.dtype}"
-        assert found.shape == wanted.shape, f"{where}: it gives {tuple(found.shape)}, {tuple(wanted.shape)} is wanted"
-        excess = (found.double() - wanted).abs() - self.tolerance * size
-        row = int(excess.max(dim=1).values.argmax())
-        error = (found[row].double() - wanted[row]).abs().max()
-        assert excess.max() <= 0, f"{where}: row {row}, of position {positions[row]}, is off by {error}"
