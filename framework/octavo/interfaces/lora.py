@@ -98,8 +98,9 @@ class LowRank:
     """What an adapter does to one module: y = (W x + b (a x)) * scale + shift.
 
     Attributes:
-        a: [rank, in_features]; rank is 0 where there is but a scale or a shift. b: [out_features, rank], the adapter's scaling (alpha / rank, or alpha / sqrt(rank))
-            multiplied in. Of an embedding, a[:, token] is what the token's row is.
+        a: [rank, in_features]; rank is 0 where there is but a scale or a shift. b: [out_features, rank], the adapter's
+            scaling (alpha / rank, or alpha / sqrt(rank)) multiplied in. Of an embedding, a[:, token] is what the
+            token's row is.
         scale: [out_features] float32: DoRA's magnitude over the norm of W + b a; None: 1.
         shift: [out_features] float32: trained biases less the base's own; None: 0.
     """
