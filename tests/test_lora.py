@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -298,5 +299,26 @@ def test_async_requests_load_their_adapters_beside_each_other(
             assert [status.name for status in await llm.adapters()] == ["two"]
             with pytest.raises(AdapterError, match="no adapter 'one'"):
                 await llm.unload_adapter("one")
+
+    asyncio.run(run())
+
+
+def test_who_is_cancelled_while_the_engine_is_asked_harms_nobody(folder: Path, site_packages: Any) -> None:
+    install_plain_lora(site_packages)
+
+    async def run() -> None:
+        with AsyncLLM(str(folder), dtype="float32", block_size=8, **LORA) as llm:
+            blocked, held = threading.Event(), threading.Event()
+            llm._commands.put(blocked.set)
+            llm._commands.put(lambda: held.wait(30) and None)
+            await asyncio.to_thread(blocked.wait, 30)
+            asking = asyncio.create_task(llm.adapters())
+            await asyncio.sleep(0.05)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            held.set()
+            async for output in llm.generate("hello", GREEDY):
+                last = output
+            assert last.finished
 
     asyncio.run(run())

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from octavo.assemble import assemble
-from octavo.errors import EngineDeadError, RequestError
+from octavo.errors import AdapterError, EngineDeadError, RequestError
 from octavo.explanation import Explanation, explain_selection
 from octavo.input_processor import Prompt, default_sampling_params
 from octavo.lora.adapter import AdapterStatus
@@ -123,7 +123,10 @@ class AsyncLLM:
         engine = self._assembly.engine
         loading = await self._ask(lambda: engine.load_adapter(name, path, replace=replace))
         await asyncio.shield(asyncio.wrap_future(loading))
-        return next(status for status in await self.adapters() if status.name == name)
+        for status in await self.adapters():
+            if status.name == name:
+                return status
+        raise AdapterError(f"Adapter {name!r} was unloaded as soon as it had been loaded.")
 
     async def unload_adapter(self, name: str, *, abort: bool = False) -> None:
         """Forget an adapter; return when its requests have ended and its memory is free.
@@ -199,6 +202,8 @@ class AsyncLLM:
         answer: Future[_T] = Future()
 
         def command() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # who asked was cancelled
             try:
                 answer.set_result(call())
             except BaseException as error:  # whatever it is, it is the asker's

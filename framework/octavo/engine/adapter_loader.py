@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 
 from octavo.errors import AdapterError
 from octavo.lora.adapter import Adapter, AdapterInfo
+
+logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 10.0
 """How long `stop` waits for a read to end; the thread does not keep the process alive."""
@@ -57,11 +60,12 @@ class AdapterLoader:
             try:
                 result = self._load(adapter_id, path)
             except AdapterError as error:
-                result = error
-            except Exception as error:  # whatever a file makes a reader do, it is this adapter's fault alone
+                result = AdapterError(str(error))  # anew: a traceback holds what was read so far
+            except BaseException as error:  # whatever a file makes a reader do, it is this adapter's fault alone
+                logger.exception("Adapter %r could not be read from %s", name, path)
                 result = AdapterError(
                     f"Adapter {name!r} could not be read from {path!r}: {type(error).__name__}: {error}"
                 )
-                result.__cause__ = error
             self._results.put(result)
+            del result
             self._ended.set()
