@@ -67,7 +67,7 @@ def lora_limits(config: EngineConfig, dtype: str, device: str) -> LoraLimits:
     return LoraLimits(
         max_loras=config.max_loras,
         max_lora_rank=config.max_lora_rank,
-        max_num_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
+        max_num_rows=config.max_num_batched_tokens + config.max_num_seqs,  # forks sample and compute nothing
         dtype=getattr(torch, dtype),
         device=device,
         modules_to_save=config.lora_modules_to_save,
