@@ -9,6 +9,7 @@ import pytest
 from tiny_model import write_tiny_llama
 
 from octavo.config import EngineConfig
+from octavo.errors import ConfigError
 from octavo.selection import Selection, select
 
 
@@ -40,3 +41,8 @@ def test_an_fp8_cache_is_asked_for_as_a_feature(folder: Path) -> None:
     need = selected(folder, "cpu", kv_cache_dtype="fp8").attention_need
     assert need.kv_cache_dtype == "fp8"
     assert "fp8_kv_cache" in need.features
+
+
+def test_a_root_of_adapters_that_no_plugin_serves_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"No installed plugin finds adapters in lora_root='/srv'"):
+        selected(folder, "cpu", enable_lora=True, lora_root="/srv", plugins={"allow": []})

@@ -5,7 +5,7 @@ config -> plugins -> [selection] -> manifest. What `assemble` builds, what `expl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from octavo.plugins.attention_pair import choose_attention
 from octavo.plugins.quantized_checkpoint import quantization_config, quantization_need
 from octavo.plugins.registry import Choice, Choices, Registry, default_registry
 from octavo.plugins.specs import (
+    AdapterResolverSpec,
     AttentionNeed,
     CheckpointNeed,
     ExecutorNeed,
@@ -175,7 +176,7 @@ def select(config: EngineConfig, device: str | None = None, weights: bool = True
             "adapter_resolver",
             Need(),
             lambda _: False,
-            [("lora/filesystem", {"root": config.lora_root})] * (config.lora_root is not None)
+            [*_resolver_of_root(registry, config.lora_root)]
             + [(wish.name, wish.options) for wish in config.adapter_resolvers],
         ),
         draft_model=_select_draft_model(registry, config, choices.get("proposer"), device, max_model_len, weights),
@@ -238,6 +239,17 @@ def _choose_linear_kernels(registry: Registry, method: Choice, wish: ComponentCo
         lambda _: not named,
         named,
     )
+
+
+def _resolver_of_root(registry: Registry, root: str | None) -> Iterator[tuple[str, dict[str, object]]]:
+    """Who finds adapters in the folders below a root, and its options; nobody where no root is given."""
+    if root is None:
+        return
+    for candidate in registry.candidates("adapter_resolver"):
+        if isinstance(candidate.spec, AdapterResolverSpec) and candidate.spec.serves_root:
+            yield candidate.full_name, {"root": root}
+            return
+    raise ConfigError(f"No installed plugin finds adapters in lora_root={root!r}: install octavo-lora.")
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:

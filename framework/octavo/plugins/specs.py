@@ -384,6 +384,8 @@ class AdapterResolverSpec(Spec):
     kind: ClassVar[str] = "adapter_resolver"
     noun: ClassVar[str] = "adapter resolver"
 
+    serves_root: bool = False  # the setting `lora_root` is its option `root`
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandSpec(Spec):

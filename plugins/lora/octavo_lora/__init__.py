@@ -31,6 +31,7 @@ def octavo_components() -> list[Spec]:
             summary="Adapters by name, in the folders below a root",
             target="octavo_lora.resolvers:FilesystemResolver",
             options="octavo_lora.options:FilesystemOptions",
+            serves_root=True,
         ),
         AdapterResolverSpec(
             name="hf",
